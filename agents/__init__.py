@@ -1,0 +1,85 @@
+"""Agents for LeLoRA environments: one protocol, one loop, a few algorithms.
+
+Swapping the algorithm is one name::
+
+    agent = make_agent("reinforce", env, seed=0)      # or "random", "fixed", "ppo", "a2c"
+    history = run(env, agent, episodes=1, seed=0)
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from agents.agent import Agent, AnyEnv, Episode, History, OnStep, Transition, run
+from agents.controls import FixedAllocation, RandomAllocation
+from agents.policy import ActionDistribution, PerMatrixPolicy
+from agents.reinforce import Reinforce
+from agents.spec import AgentSpec
+from lelora_env.errors import UnknownNameError
+
+__all__ = ["AGENT_NAMES", "ActionDistribution", "Agent", "AgentSpec", "Episode", "FixedAllocation", "History", "OnStep",
+           "PerMatrixPolicy", "RandomAllocation", "Reinforce", "Transition", "make_agent", "run"]
+
+
+def _fixed(spec: AgentSpec, *, seed: int, **options: Any) -> Agent:
+    return FixedAllocation(spec, **options)
+
+
+def _ppo(spec: AgentSpec, *, seed: int, **options: Any) -> Agent:
+    from agents.sb3_agent import SB3Agent
+
+    return SB3Agent(spec, algorithm="ppo", seed=seed, **options)
+
+
+def _a2c(spec: AgentSpec, *, seed: int, **options: Any) -> Agent:
+    from agents.sb3_agent import SB3Agent
+
+    return SB3Agent(spec, algorithm="a2c", seed=seed, **options)
+
+
+_BUILDERS: dict[str, Callable[..., Agent]] = {
+    "random": RandomAllocation, "fixed": _fixed, "reinforce": Reinforce, "ppo": _ppo, "a2c": _a2c}
+
+AGENT_NAMES = tuple(_BUILDERS)
+"""The names that `make_agent` knows."""
+
+
+def make_agent(name: str, env: AnyEnv, *, seed: int = 0, **options: Any) -> Agent:
+    """Build an agent for an environment by name.
+
+    Args:
+        name: One of `AGENT_NAMES`: ``"random"`` (uniform, anew at every env step), ``"fixed"``
+            (options ``rank`` and ``location``, or ``allocation``), ``"reinforce"`` (options
+            ``preset`` and those of `ReinforceConfig`), ``"ppo"`` and ``"a2c"`` (options of the
+            Stable-Baselines3 class).
+        env: The single or the vector environment that it will run on.
+        seed: Seed of everything that the agent draws; the environment has its own.
+        **options: See `name`.
+
+    Raises:
+        UnknownNameError: No such agent, or an option that it does not have.
+    """
+    if name not in _BUILDERS:
+        raise UnknownNameError("agent", name, AGENT_NAMES)
+    _check_options(name, options)
+    return _BUILDERS[name](AgentSpec.from_env(env), seed=seed, **options)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse options that the agent does not have, by name."""
+    known = set(inspect.signature(_option_source(name)).parameters) - {"self", "spec", "seed", "env", "options"}
+    if name == "reinforce":
+        return
+    if name in ("ppo", "a2c"):
+        known |= {"policy", "model", "train"}
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of agent {name!r}", option, known)
+
+
+def _option_source(name: str) -> Callable[..., Any]:
+    if name in ("ppo", "a2c"):
+        from agents.sb3 import ALGORITHMS
+
+        return ALGORITHMS[name]
+    return {"random": RandomAllocation, "fixed": FixedAllocation}.get(name, Reinforce)

@@ -1,0 +1,124 @@
+"""Controls: agents that do not learn, and that every table needs beside those that do.
+
+Shapes: L lanes · M matrices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.agent import Array, Transition
+from agents.policy import ActionDistribution
+from agents.spec import AgentSpec
+from lelora_env.errors import LeLoRAError
+
+
+class RandomAllocation:
+    """Draws every rank and every location anew at every env step, uniformly over the legal ones.
+
+    The mandatory control: per-step re-drawing alone moves a run's score, without any learning.
+    """
+
+    def __init__(self, spec: AgentSpec, *, seed: int = 0) -> None:
+        """Only a generator is kept; it neither reads nor moves the global one."""
+        self.spec = spec
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def act(self, observation: Array) -> Array:
+        """Draw (L, 2M) int64 choices; the observation gives only the number of lanes."""
+        masks = torch.as_tensor(self.spec.rank_mask), torch.as_tensor(self.spec.location_mask)
+        flat = [torch.zeros(len(observation), *mask.shape) for mask in masks]
+        uniform = ActionDistribution.from_logits(*flat, rank_mask=masks[0], location_mask=masks[1])
+        action: Array = uniform.sample(self.generator).flatten(1).numpy()
+        return action
+
+    def update(self, transition: Transition) -> dict[str, float]:
+        """Learns nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state."""
+        return {"agent": "random", "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the same draws.
+
+        Raises:
+            LeLoRAError: The state is of another agent.
+        """
+        _check_kind(state, "random")
+        self.generator.set_state(state["generator"])
+
+
+class FixedAllocation:
+    """The same allocation at every env step: plain low-rank training, as a control.
+
+    Rank r at ``primary`` trains the components that PiSSA trains, at ``minor`` those of MiLoRA.
+    """
+
+    def __init__(self, spec: AgentSpec, *, rank: int | None = None, location: str | float | None = None,
+                 allocation: Sequence[tuple[int, str | float]] | None = None) -> None:
+        """Fix the allocation.
+
+        Args:
+            spec: What can be chosen.
+            rank: Rank of every matrix, from the environment's rank set; ``None`` = its largest.
+                Matrices too small for it get their largest legal rank.
+            location: Location of every matrix, by name or fraction; ``None`` = the first one.
+            allocation: Instead of both: one (rank, location) per matrix, in the matrices' order.
+
+        Raises:
+            LeLoRAError: Both forms given, a rank or location that cannot be chosen, or an
+                allocation of the wrong length.
+        """
+        if allocation is not None and not (rank is None and location is None):
+            raise LeLoRAError("give either allocation, or rank and location for all matrices, not both")
+        self.spec = spec
+        if allocation is None:
+            allocation = _uniform(spec, rank, spec.locations[0] if location is None else location)
+        if len(allocation) != spec.num_matrices:
+            raise LeLoRAError(f"allocation must have one (rank, location) for each of the {spec.num_matrices} matrices "
+                              f"(got {len(allocation)})")
+        pairs = [spec.choice(m, r, s) for m, (r, s) in enumerate(allocation)]
+        self.action: Array = np.array(pairs, dtype=np.int64).reshape(-1)  # (2M,)
+
+    def act(self, observation: Array) -> Array:
+        """The allocation once for every lane, (L, 2M) int64."""
+        return np.tile(self.action, (len(observation), 1))
+
+    def update(self, transition: Transition) -> dict[str, float]:
+        """Learns nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The allocation, as indices."""
+        return {"agent": "fixed", "spec": self.spec.fingerprint(), "action": self.action.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved allocation.
+
+        Raises:
+            LeLoRAError: The state is of another agent, or was saved for other actions.
+        """
+        _check_kind(state, "fixed")
+        self.spec.check_fingerprint(state["spec"])
+        if len(state["action"]) != len(self.action):
+            raise LeLoRAError(f"the saved allocation is for {len(state['action']) // 2} matrices, the environment has "
+                              f"{self.spec.num_matrices}")
+        self.action = np.array(state["action"], dtype=np.int64)
+
+
+def _uniform(spec: AgentSpec, rank: int | None, location: str | float) -> list[tuple[int, str | float]]:
+    """`rank` for every matrix, or its largest legal rank below."""
+    wanted = spec.rank_set[-1] if rank is None else rank
+    if wanted not in spec.rank_set:
+        raise LeLoRAError(f"rank must be one of the environment's rank set {spec.rank_set} (got {wanted})")
+    legal = [[r for r, ok in zip(spec.rank_set, mask, strict=True) if ok and r <= wanted] for mask in spec.rank_mask]
+    return [(max(ranks, default=wanted), location) for ranks in legal]
+
+
+def _check_kind(state: dict[str, Any], kind: str) -> None:
+    if state.get("agent") != kind:
+        raise LeLoRAError(f"expected the state of a {kind} agent (got one of {state.get('agent')!r})")

@@ -1,0 +1,171 @@
+"""One network, applied to every matrix, and the distribution of choices that it gives.
+
+Shapes: L lanes · M matrices · F features · R ranks · S locations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from agents.spec import AgentSpec
+from lelora_env.errors import LeLoRAError, UnknownNameError
+
+MASKED = -1e9
+"""Logit of an illegal choice: its probability is exactly 0, and gradients stay finite."""
+
+
+class PerMatrixPolicy(nn.Module):
+    """Logits for the rank and the location of every matrix, from that matrix's features alone.
+
+    The weights are shared by all matrices, so any number of matrices can be read. As in the paper
+    (Appendix B): layer and type index each go through an embedding of their own, are joined to
+    the continuous features, and an MLP with ReLU ends in two linear heads. Every weight, the
+    embeddings' too, is Kaiming-uniform (He et al., 2015), biases are 0.
+
+    The paper's network reads the Frobenius norm and the singular values, nothing else. The
+    environment's ``progress`` column and the optional extras are therefore *not* read unless
+    `columns` names them. The paper reads plain values: make the environment with
+    ``raw_observation=True`` for that; the environment's default, scaled ones train better.
+    """
+
+    def __init__(self, spec: AgentSpec, *, embedding: int = 200, hidden: Sequence[int] = (1024, 256, 64),
+                 columns: Sequence[str] | None = None, seed: int = 0) -> None:
+        """Build the network; neither reads nor moves the global random generator.
+
+        Args:
+            spec: Names and sizes of the environment.
+            embedding: Dimensions of the layer and of the type embedding; 0 leaves both out.
+            hidden: Widths of the hidden layers.
+            columns: Continuous features to read, by name; ``None`` = ``norm`` and all ``sv_*``.
+            seed: Seed of the initial weights.
+
+        Raises:
+            UnknownNameError: `columns` names a feature that the environment does not have.
+        """
+        super().__init__()
+        names = spec.feature_names
+        chosen = [n for n in names if n == "norm" or n.startswith("sv_")] if columns is None else list(columns)
+        for name in chosen:
+            if name not in names:
+                raise UnknownNameError("feature", name, names)
+        self.columns = [names.index(name) for name in chosen]
+        self.indices = {name: names.index(name) for name in spec.index_ranges} if embedding else {}
+        self.ranges = dict(spec.index_ranges)
+        with torch.random.fork_rng(devices=[]):
+            sizes = {name: high - low + 1 for name, (low, high) in self.ranges.items() if name in self.indices}
+            self.embeddings = nn.ModuleDict({f"{n}_index": nn.Embedding(k, embedding) for n, k in sizes.items()})
+            widths = [embedding * len(self.embeddings) + len(self.columns), *hidden]
+            layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(widths)]
+            self.body = nn.Sequential(*layers)
+            self.rank_head = nn.Linear(widths[-1], len(spec.rank_set))
+            self.location_head = nn.Linear(widths[-1], len(spec.locations))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of each matrix's choices.
+
+        Args:
+            observation: (L, M, F) float32.
+
+        Returns:
+            Rank logits (L, M, R) and location logits (L, M, S), not yet masked.
+
+        Raises:
+            LeLoRAError: A layer or type index that the network has no embedding for.
+        """
+        parts = [self._embed(name, observation[..., column]) for name, column in self.indices.items()]
+        hidden = self.body(torch.cat([*parts, observation[..., self.columns]], dim=-1))  # (L, M, H)
+        return self.rank_head(hidden), self.location_head(hidden)
+
+    def _embed(self, name: str, values: Tensor) -> Tensor:
+        low, high = self.ranges[name]
+        index = values.round().long()
+        smallest, largest = int(index.min()), int(index.max())
+        if not low <= smallest <= largest <= high:
+            raise LeLoRAError(f"the policy was made for {name} indices from {low} to {high}, the observation holds "
+                              f"{smallest} to {largest}; make a policy for this environment")
+        embedded: Tensor = self.embeddings[f"{name}_index"](index - low)  # (L, M, E)
+        return embedded
+
+
+@dataclass(frozen=True, eq=False)
+class ActionDistribution:
+    """Independent categorical choices of rank and location, for every lane and matrix.
+
+    Attributes:
+        rank_log_probs: (L, M, R), normalised.
+        location_log_probs: (L, M, S), normalised.
+        zero_rank: Index of rank 0, if the rank-0 rule is wanted: a matrix that gets rank 0 has no
+            location, so the location counts neither in log-probability nor in entropy.
+            ``None`` = the paper's plain product of the two.
+    """
+
+    rank_log_probs: Tensor
+    location_log_probs: Tensor
+    zero_rank: int | None = None
+
+    @classmethod
+    def from_logits(cls, rank_logits: Tensor, location_logits: Tensor, *, rank_mask: Tensor | None = None,
+                    location_mask: Tensor | None = None, zero_rank: int | None = None) -> "ActionDistribution":
+        """Mask out the illegal choices, and normalise.
+
+        Args:
+            rank_logits: (L, M, R).
+            location_logits: (L, M, S).
+            rank_mask: Legal ranks, (M, R) bool; ``None`` = all.
+            location_mask: Legal locations, (M, S) bool; ``None`` = all.
+            zero_rank: See the class.
+
+        Raises:
+            LeLoRAError: A logit is not finite.
+        """
+        log_probs = []
+        for logits, mask in ((rank_logits, rank_mask), (location_logits, location_mask)):
+            if not bool(torch.isfinite(logits).all()):
+                raise LeLoRAError("the policy's logits are not finite, so nothing can be sampled: the policy has "
+                                  "diverged, or the observation holds NaN. Lower the agent's learning_rate, or use "
+                                  "scaled observations (raw_observation=False)")
+            log_probs.append((logits if mask is None else logits.masked_fill(~mask, MASKED)).log_softmax(dim=-1))
+        return cls(log_probs[0], log_probs[1], zero_rank)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Draw a (rank index, location index) for every lane and matrix: (L, M, 2) int64."""
+        return torch.stack([_gumbel_max(self.rank_log_probs, generator),
+                            _gumbel_max(self.location_log_probs, generator)], dim=-1)
+
+    def mode(self) -> Tensor:
+        """The likeliest choices, (L, M, 2) int64."""
+        return torch.stack([self.rank_log_probs.argmax(-1), self.location_log_probs.argmax(-1)], dim=-1)
+
+    def log_prob(self, choice: Tensor) -> Tensor:
+        """Log-probability in nats of a (L, M, 2) choice, (L, M)."""
+        rank = self.rank_log_probs.gather(-1, choice[..., :1]).squeeze(-1)
+        location = self.location_log_probs.gather(-1, choice[..., 1:]).squeeze(-1)
+        if self.zero_rank is not None:
+            location = torch.where(choice[..., 0] == self.zero_rank, torch.zeros_like(location), location)
+        return rank + location
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats of each matrix's choice, (L, M)."""
+        location = _entropy(self.location_log_probs)
+        if self.zero_rank is not None:
+            location = location * (1 - self.rank_log_probs[..., self.zero_rank].exp())
+        return _entropy(self.rank_log_probs) + location
+
+
+def _gumbel_max(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample by adding Gumbel noise, drawn on the CPU so that a seed means the same everywhere."""
+    noise = torch.empty(log_probs.shape, dtype=torch.float32).exponential_(generator=generator)
+    return (log_probs - noise.log().to(log_probs.device)).argmax(dim=-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(dim=-1)

@@ -1,0 +1,216 @@
+"""Layers with a lane dimension, and how they get into a model without touching it.
+
+Every batch is lane-major: row ``l * B + b`` belongs to lane l.
+
+Shapes: L lanes · K components · O/I out/in dim · B rows a lane · T tokens.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lelora_env.errors import ModelError
+from lelora_env.keys import hashed_uniform
+
+
+@dataclass
+class LaneContext:
+    """What all lane layers of one model share.
+
+    Attributes:
+        lane: ``None`` when a batch holds all lanes; a lane's index while the model runs one lane at
+            a time (models that mix rows across the batch dimension need that).
+        dropout_keys: (L,) int64 keys of this forward's dropout masks; ``None`` = no dropout.
+    """
+
+    lane: int | None = None
+    dropout_keys: Tensor | None = None
+
+    def pick(self, lanes: Tensor) -> Tensor:
+        """All lanes, or the one that is running."""
+        return lanes if self.lane is None else lanes[self.lane : self.lane + 1]
+
+
+def _split_lanes(x: Tensor, lanes: int, name: str) -> Tensor:
+    if x.shape[0] % lanes:
+        raise ModelError(
+            f"the layer {name!r} got a batch of {x.shape[0]} rows, which {lanes} lanes cannot share: this model mixes "
+            "rows across its batch dimension. Use one lane (num_envs=1) for it."
+        )
+    return x.reshape(lanes, -1, x.shape[-1])
+
+
+class SpectralLinear(nn.Module):
+    """x·Wᵀ + bias with W = residual + bank, one bank per lane (paper, Eq. 1).
+
+    The whole bank takes part in every forward pass; which of its components are *updated* is the
+    optimiser's business.
+    """
+
+    residual: Tensor
+    bias: Tensor | None
+
+    def __init__(self, name: str, residual: Tensor, bias: Tensor | None, context: LaneContext) -> None:
+        """Make a layer around a frozen residual (O, I) and bias (O,); `bind` gives it its bank."""
+        super().__init__()
+        self.name = name
+        self.context = context
+        self.residual = residual
+        self.bias = bias
+        self.left = self.right = residual.new_zeros(0)
+        self.sigma: Tensor | None = None
+        self.scale = 1.0
+        self.out_features, self.in_features = residual.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The residual, for model code that asks a linear layer for its weight's type or device."""
+        return self.residual
+
+    def bind(self, left: Tensor, right: Tensor, sigma: Tensor | None, scale: float) -> None:
+        """Give the layer its bank.
+
+        Args:
+            left: (L, K, O) left vectors.
+            right: (L, K, I) right vectors.
+            sigma: (L, K, 1) singular values (``usv``) or ``None``.
+            scale: The constant c of ``unit``; 1 otherwise.
+        """
+        self.left, self.right, self.sigma, self.scale = left, right, sigma, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each lane's weight to its rows: (L·B, ..., I) to (L·B, ..., O)."""
+        left, right = self.context.pick(self.left), self.context.pick(self.right)
+        base = nn.functional.linear(x, self.residual, self.bias)  # (L·B, ..., O)
+        lanes = _split_lanes(x, left.shape[0], self.name)  # (L, B·T, I)
+        inner = torch.bmm(lanes, right.to(x.dtype).transpose(1, 2))  # (L, B·T, K)
+        if self.sigma is not None:
+            inner = inner * self.context.pick(self.sigma).to(x.dtype).transpose(1, 2)
+        elif self.scale != 1.0:
+            inner = inner * self.scale
+        return torch.baddbmm(base.view(*lanes.shape[:2], -1), inner, left.to(x.dtype)).view(base.shape)
+
+
+class LaneLinear(nn.Module):
+    """An ordinary linear layer with weights of its own in every lane; computes in fp32 (task heads)."""
+
+    def __init__(self, name: str, context: LaneContext, shape: tuple[int, int], bias: bool) -> None:
+        """Make a head layer of `shape` (O, I); `bind` gives it its numbers."""
+        super().__init__()
+        self.name = name
+        self.context = context
+        self.shape = shape
+        self.has_bias = bias
+        self.out_features, self.in_features = shape
+        self.weight = torch.zeros(0)
+        self.bias: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many numbers a lane's copy has."""
+        return self.out_features * (self.in_features + self.has_bias)
+
+    def bind(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the layer its (L, O, I) weights and (L, O) biases."""
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each lane's weight to its rows: (L·B, ..., I) to (L·B, ..., O), fp32."""
+        weight = self.context.pick(self.weight)
+        lanes = _split_lanes(x.float(), weight.shape[0], self.name)  # (L, B·T, I)
+        y = torch.bmm(lanes, weight.transpose(1, 2))  # (L, B·T, O)
+        if self.bias is not None:
+            y = y + self.context.pick(self.bias).unsqueeze(1)
+        return y.view(*x.shape[:-1], -1)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose masks depend on each lane's key alone; off while the context has no keys."""
+
+    def __init__(self, rate: float, salt: int, context: LaneContext) -> None:
+        """Make a dropout of `rate`; `salt` tells the dropout layers of a model apart."""
+        super().__init__()
+        self.rate = rate
+        self.salt = salt
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero a share `rate` of the numbers and scale up the rest."""
+        keys = self.context.dropout_keys
+        if keys is None:
+            return x
+        keys = self.context.pick(keys) + self.salt * 7919
+        keep = hashed_uniform(keys, x.numel() // len(keys)) >= self.rate
+        return torch.where(keep.view(x.shape), x / (1 - self.rate), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def share_tensors(model: nn.Module) -> nn.Module:
+    """A second module tree over the same tensors: its layers can be replaced, its weights are shared.
+
+    Parameters become frozen parameters over the same storage; buffers are the same objects; nothing
+    is copied, and the given model is not changed. Ties and modules used twice are kept.
+    """
+    modules: dict[int, nn.Module] = {}
+    parameters: dict[int, nn.Parameter] = {}
+
+    def freeze(parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in parameters:
+            parameters[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        return parameters[id(parameter)]
+
+    def clone(module: nn.Module) -> nn.Module:
+        if id(module) in modules:
+            return modules[id(module)]
+        twin = module.__class__.__new__(module.__class__)
+        modules[id(module)] = twin
+        state = dict(module.__dict__)
+        state["_parameters"] = {k: None if p is None else freeze(p) for k, p in module._parameters.items()}
+        state["_buffers"] = dict(module._buffers)
+        state["_modules"] = {k: None if m is None else clone(m) for k, m in module._modules.items()}
+        twin.__dict__.update(state)
+        return twin
+
+    root = clone(model)
+    if hasattr(root, "config"):
+        root.config = copy.copy(root.config)
+    return root.eval()
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the dotted path `name` points."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent) if parent else root, child, new)
+
+
+@dataclass
+class LaneModel:
+    """A model whose adapted layers and heads have lanes.
+
+    Attributes:
+        model: The module to call; rows are lane-major.
+        context: Shared by its lane layers.
+        spectral: The adapted layers, one per matrix, in order.
+        heads: The head layers by module name.
+    """
+
+    model: nn.Module
+    context: LaneContext
+    spectral: list[SpectralLinear] = field(default_factory=list)
+    heads: dict[str, LaneLinear] = field(default_factory=dict)
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in one lane's heads."""
+        return sum(head.size for head in self.heads.values())
+
+
+def add_dropout(lane_model: LaneModel, rate: float) -> None:
+    """Replace the model's hidden-layer dropouts by keyed ones (paper, Table 7).
+
+    Attention probabilities keep no dropout: fused attention draws from a global generator.
+    """
+    found = [name for name, module in lane_model.model.named_modules() if isinstance(module, nn.Dropout)]
+    for salt, name in enumerate(found):
+        replace_module(lane_model.model, name, KeyedDropout(rate, salt, lane_model.context))

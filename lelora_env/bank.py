@@ -1,0 +1,306 @@
+"""The component bank: every trainable number of every lane, in a few flat buffers.
+
+All vectors of one length lie in one tensor, (lane, row, number), whichever matrix they belong to,
+so that the optimiser and a fork are a handful of operations whatever L and M are:
+
+    rows["768"]    (L, N, 768)   left or right vectors of length 768
+    rows["3072"]   (L, N, 3072)  ...
+    rows["sigma"]  (L, N, 1)     singular values, ``usv`` only
+    rows["head"]   (L, 1, H)     the task head, never masked
+
+Shapes: L lanes · M matrices · K components of a matrix · O/I out/in dim · G matrices of one shape.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lelora_env.allocation import ChoiceTable
+from lelora_env.config import AdapterConfig
+from lelora_env.matrices import MatrixInfo, linear_weight
+from lelora_env.spectra import decompose
+
+SIGMA = "sigma"
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class ShapeGroup:
+    """Matrices of one shape; their rows lie side by side in the buffers.
+
+    Attributes:
+        matrices: Indices of the G matrices, ascending.
+        components: (K,) spectrum indices that the bank of each of them holds.
+        out_features: O.
+        in_features: I.
+        left: First row of their left vectors in ``rows[str(O)]``.
+        right: First row of their right vectors in ``rows[str(I)]``.
+        sigma: First row in ``rows["sigma"]``.
+    """
+
+    matrices: tuple[int, ...]
+    components: tuple[int, ...]
+    out_features: int
+    in_features: int
+    left: int
+    right: int
+    sigma: int
+
+    @property
+    def rows(self) -> int:
+        """G·K, the rows that the group has on each side."""
+        return len(self.matrices) * len(self.components)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies: the map between matrices and flat rows.
+
+    Attributes:
+        groups: The shape groups, in order of first appearance.
+        row_counts: Rows per buffer.
+        row_slot: Per buffer, (N,) int64 index into the flattened (M·K) component mask.
+        row_matrix: Per buffer, (N,) int64 matrix index.
+    """
+
+    groups: tuple[ShapeGroup, ...]
+    row_counts: dict[str, int]
+    row_slot: dict[str, Tensor]
+    row_matrix: dict[str, Tensor]
+
+
+def build_layout(matrices: list[MatrixInfo], table: ChoiceTable, config: AdapterConfig) -> Layout:
+    """Assign rows to the components of all matrices."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        shapes.setdefault((matrix.out_features, matrix.in_features), []).append(index)
+    slots = table.components.shape[1]
+    rows: dict[str, list[int]] = {}
+    owner: dict[str, list[int]] = {}
+    groups = []
+
+    def claim(buffer: str, members: list[int], count: int) -> int:
+        start = len(rows.setdefault(buffer, []))
+        rows[buffer] += [m * slots + k for m in members for k in range(count)]
+        owner.setdefault(buffer, []).extend(m for m in members for _ in range(count))
+        return start
+
+    for (out, into), members in shapes.items():
+        components = tuple(int(c) for c in table.components[members[0]] if c >= 0)
+        left = claim(str(out), members, len(components))
+        right = claim(str(into), members, len(components))
+        sigma = claim(SIGMA, members, len(components)) if config.parametrisation == "usv" else 0
+        groups.append(ShapeGroup(tuple(members), components, out, into, left, right, sigma))
+    return Layout(
+        groups=tuple(groups),
+        row_counts={name: len(r) for name, r in rows.items()},
+        row_slot={name: torch.tensor(r) for name, r in rows.items()},
+        row_matrix={name: torch.tensor(r) for name, r in owner.items()},
+    )
+
+
+@dataclass
+class Spectrum:
+    """What decomposing the model once gives; shared by all lanes and environments on it.
+
+    Attributes:
+        layout: Where rows lie.
+        reference: Per buffer, (N, D) fp32: the pretrained components θ0.
+        singular_values: (M, m_max) fp32, descending, zero-padded.
+        dimensions: (M,) number of singular values of each matrix.
+        scale: (M,) fp32: the constant c of ``unit``; ones otherwise.
+        parametrisation: ``"usv"``, ``"sqrt"`` or ``"unit"``.
+        residual: Per shape group, (G, O, I): the frozen rest W - bank.
+        residual_norm2: (M,) fp64: ‖W - bank‖².
+    """
+
+    layout: Layout
+    reference: dict[str, Tensor]
+    singular_values: Tensor
+    dimensions: Tensor
+    scale: Tensor
+    parametrisation: str
+    residual_norm2: Tensor
+    residual: list[Tensor] = field(default_factory=list)
+
+
+def build_spectrum(
+    weights: "WeightSource", matrices: list[MatrixInfo], layout: Layout, config: AdapterConfig
+) -> Spectrum:
+    """Decompose every matrix and split it into bank and residual.
+
+    Args:
+        weights: Gives the stacked fp weights of a shape group and takes its residual back.
+        matrices: The M matrices.
+        layout: Their rows.
+        config: Parametrisation and scale.
+
+    Raises:
+        ModelError: A weight that is not finite; the message names the matrix.
+    """
+    reference = {
+        name: torch.zeros(count, 1 if name == SIGMA else int(name), device=weights.device)
+        for name, count in layout.row_counts.items()
+    }
+    largest = max(min(m.out_features, m.in_features) for m in matrices)
+    singular = torch.zeros(len(matrices), largest, device=weights.device)
+    spectrum = Spectrum(
+        layout=layout,
+        reference=reference,
+        singular_values=singular,
+        dimensions=torch.tensor([min(m.out_features, m.in_features) for m in matrices], device=weights.device),
+        scale=torch.ones(len(matrices), device=weights.device),
+        parametrisation=config.parametrisation,
+        residual_norm2=torch.zeros(len(matrices), dtype=torch.float64, device=weights.device),
+    )
+    for group in layout.groups:
+        _split_group(spectrum, group, weights, [matrices[m].name for m in group.matrices], config)
+    return spectrum
+
+
+def _split_group(
+    spectrum: Spectrum, group: ShapeGroup, weights: "WeightSource", names: list[str], config: AdapterConfig
+) -> None:
+    stacked = weights.take(group)  # (G, O, I)
+    parts = decompose(stacked, group.components, names=names, dtype=torch.float64)
+    members = torch.tensor(group.matrices, device=stacked.device)
+    spectrum.singular_values[members, : parts.singular_values.shape[1]] = parts.singular_values.float()
+    values = parts.singular_values[:, list(group.components)].double()  # (G, K)
+    left, right = parts.U.double(), parts.V.double()  # (G, K, O), (G, K, I)
+    if config.parametrisation == "unit":
+        fallback = values.mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+        constant = fallback if config.unit_scale is None else torch.full_like(fallback, config.unit_scale)
+        spectrum.scale[members] = constant.float()
+    elif config.parametrisation == "sqrt":
+        left, right = left * values.sqrt().unsqueeze(-1), right * values.sqrt().unsqueeze(-1)
+    else:
+        rows = spectrum.reference[SIGMA]
+        rows[group.sigma : group.sigma + group.rows] = values.reshape(-1, 1).float()
+    a, b = spectrum.reference[str(group.out_features)], spectrum.reference[str(group.in_features)]
+    a[group.left : group.left + group.rows] = left.flatten(0, 1).float()
+    b[group.right : group.right + group.rows] = right.flatten(0, 1).float()
+    scaled, plain = factors(spectrum.reference, group, spectrum.scale)
+    for i, matrix in enumerate(group.matrices):  # one fp64 matrix at a time: memory of one, not of G
+        rest = stacked[i].double() - scaled[i].double().T @ plain[i].double()
+        spectrum.residual_norm2[matrix] = rest.square().sum()
+        stacked[i] = rest.to(stacked.dtype)
+    spectrum.residual.append(stacked)
+    weights.give(group, stacked)
+
+
+def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of a group's bank, B = leftᵀ·right, with all scaling in the left one.
+
+    Args:
+        rows: Buffers with or without a lane dimension in front, (..., N, D).
+        group: The shape group.
+        scale: (M,) constants of the parametrisation.
+
+    Returns:
+        left (..., G, K, O) and right (..., G, K, I).
+    """
+    size = (len(group.matrices), len(group.components))
+    left = rows[str(group.out_features)].narrow(-2, group.left, group.rows).unflatten(-2, size)
+    right = rows[str(group.in_features)].narrow(-2, group.right, group.rows).unflatten(-2, size)
+    if SIGMA in rows:
+        left = left * rows[SIGMA].narrow(-2, group.sigma, group.rows).unflatten(-2, size)
+    else:
+        left = left * scale[list(group.matrices)].view(-1, 1, 1)
+    return left, right
+
+
+class WeightSource:
+    """Where the weights of a shape group come from and where their residuals go.
+
+    This is the seam for residuals that live elsewhere (quantised, sharded): it hands out fp
+    weights once and stores what is left of them.
+    """
+
+    def __init__(self, modules: list[nn.Module], consume: list[bool]) -> None:
+        """Take the M linear modules; where `consume` is true, a module's own weight is freed."""
+        self.modules = modules
+        self.consume = consume
+        self.device = linear_weight(modules[0]).device
+
+    def take(self, group: ShapeGroup) -> Tensor:
+        """A (G, O, I) buffer with the group's weights; the caller turns it into the residual."""
+        first = linear_weight(self.modules[group.matrices[0]])
+        stacked = first.new_empty(len(group.matrices), group.out_features, group.in_features)
+        for i, matrix in enumerate(group.matrices):
+            module = self.modules[matrix]
+            stacked[i] = linear_weight(module).detach()
+            if self.consume[matrix]:
+                module.weight.data = stacked.new_empty(0)  # type: ignore[union-attr]
+        return stacked
+
+    def give(self, group: ShapeGroup, residual: Tensor) -> None:
+        """Store the finished residual, (G, O, I); by default the spectrum itself holds it."""
+
+
+class Bank:
+    """The trainable numbers of L lanes and the views that the model's layers compute with.
+
+    Attributes:
+        spectrum: The shared decomposition.
+        rows: Per buffer, a Parameter (L, N, D) whose ``.grad`` is a preallocated tensor.
+    """
+
+    def __init__(self, spectrum: Spectrum, lanes: int, head_size: int) -> None:
+        """Allocate the buffers of L lanes, each starting at the pretrained components."""
+        self.spectrum = spectrum
+        self.lanes = lanes
+        self.rows: dict[str, torch.nn.Parameter] = {}
+        self.reference = dict(spectrum.reference)
+        if head_size:
+            self.reference[HEAD] = torch.zeros(1, head_size, device=spectrum.scale.device)
+        for name, start in self.reference.items():
+            parameter = torch.nn.Parameter(start.expand(lanes, -1, -1).clone(memory_format=torch.contiguous_format))
+            parameter.grad = torch.zeros_like(parameter)
+            self.rows[name] = parameter
+        slots = spectrum.layout.row_slot
+        self._row_slot = {name: index.to(spectrum.scale.device) for name, index in slots.items()}
+
+    def leaf(self, buffer: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        """A leaf tensor (L, *shape) that aliases rows of a buffer, its gradient included.
+
+        Autograd accumulates straight into the flat gradient buffer through it.
+        """
+        parameter = self.rows[buffer]
+        assert parameter.grad is not None
+        if buffer == HEAD:
+            count = int(torch.tensor(shape).prod())
+            values = parameter.detach()[:, 0, start : start + count].unflatten(1, shape)
+            grads = parameter.grad[:, 0, start : start + count].unflatten(1, shape)
+        else:
+            values = parameter.detach()[:, start : start + shape[0]]
+            grads = parameter.grad[:, start : start + shape[0]]
+        values.requires_grad_(True)
+        values.grad = grads
+        return values
+
+    def zero_grad(self) -> None:
+        """Clear all gradients in place, so that the aliasing stays."""
+        for parameter in self.rows.values():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    def row_masks(self, mask: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """Spread a component mask over the rows.
+
+        Args:
+            mask: (L, M, K) bool: which components each lane trains.
+            active: (L,) bool: lanes that take this optimiser step at all.
+
+        Returns:
+            Per buffer (L, N, 1) bool; the head's row is on in every active lane.
+        """
+        flat = (mask & active.view(-1, 1, 1)).flatten(1)  # (L, M·K)
+        masks = {name: flat[:, index].unsqueeze(-1) for name, index in self._row_slot.items()}
+        if HEAD in self.rows:
+            masks[HEAD] = active.view(-1, 1, 1)
+        return masks
+
+    def copy_rows(self) -> dict[str, Tensor]:
+        """A copy of all bank rows without the head: what an env step's change is measured against."""
+        return {name: p.detach().clone() for name, p in self.rows.items() if name != HEAD}

@@ -1,0 +1,145 @@
+"""Which rows each optimiser step trains on: a pure function of (lane seed, episode, step).
+
+Rows are sorted into a few length buckets. How many batches each bucket gives, and in which order
+they come, depends on the task alone (the shared length schedule), so all lanes see batches of the
+same shape at the same step; which rows of the bucket a lane draws is its own affair. Every row is
+used exactly once an epoch: what is left over in a bucket moves up to the next one, and the last
+batch of all is filled up with rows of weight 0.
+
+Shapes: L lanes · B rows per batch and lane · N rows · T tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lelora_env.keys import Purpose, generator
+from lelora_env.tasks.base import Rows
+
+ROUND_TO = 8
+"""Widths are rounded up to a multiple of this many tokens."""
+
+BUCKET_QUANTILES = (0.3, 0.6, 0.9, 1.0)
+"""Shares of the rows that the bucket widths are chosen to hold."""
+
+
+def row_lengths(rows: Rows) -> np.ndarray:
+    """Tokens in each row, (N,); zeros where rows are not sequences."""
+    count = len(next(iter(rows.values())))
+    if "attention_mask" not in rows:
+        return np.zeros(count, dtype=np.int64)
+    return rows["attention_mask"].sum(1).cpu().numpy().astype(np.int64)
+
+
+def take_rows(rows: Rows, index: Tensor, width: int) -> Rows:
+    """Rows by index, sequence columns cut to `width` tokens (0 = uncut)."""
+    full = rows["attention_mask"].shape[1] if "attention_mask" in rows else 0
+    cut = {name: c[:, :width] if width and c.dim() > 1 and c.shape[1] == full else c for name, c in rows.items()}
+    return {name: column[index] for name, column in cut.items()}
+
+
+def rounded(width: int) -> int:
+    """`width` rounded up to a multiple of ``ROUND_TO``."""
+    return math.ceil(width / ROUND_TO) * ROUND_TO
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of all lanes, lane-major.
+
+    Attributes:
+        rows: Columns of L·B rows.
+        weight: (L·B,) fp32; 0 for rows that only fill up the last batch of an epoch.
+    """
+
+    rows: Rows
+    weight: Tensor
+
+
+class Batches:
+    """The training rows of a task as a stream of batches for every lane."""
+
+    def __init__(self, rows: Rows, batch_size: int, split_seed: int) -> None:
+        """Plan the epochs.
+
+        Args:
+            rows: Training rows, on the device that trains.
+            batch_size: B.
+            split_seed: Seed of the shared order of the buckets.
+        """
+        self.rows = rows
+        self.batch_size = batch_size
+        self.split_seed = split_seed
+        lengths = row_lengths(rows)
+        self.full_width = rows["attention_mask"].shape[1] if "attention_mask" in rows else 0
+        quantiles = np.quantile(lengths, BUCKET_QUANTILES, method="higher")
+        widths = sorted({min(rounded(int(q)), self.full_width) for q in quantiles})
+        self.bucket_rows = self._sort_into(widths, lengths)
+        self.batch_widths = self._plan(widths)
+        self._epochs: dict[int, tuple[tuple[int, int, int], np.ndarray]] = {}
+        self._widths: dict[int, np.ndarray] = {}
+
+    @staticmethod
+    def _sort_into(widths: list[int], lengths: np.ndarray) -> list[np.ndarray]:
+        bucket = np.searchsorted(widths, lengths)
+        return [np.flatnonzero(bucket == i) for i in range(len(widths))]
+
+    def _plan(self, widths: list[int]) -> np.ndarray:
+        """The width of every batch of an epoch, before shuffling."""
+        plan, carry = [], 0
+        for width, rows in zip(widths, self.bucket_rows, strict=True):
+            full, carry = divmod(carry + len(rows), self.batch_size)
+            plan += [width] * full
+        return np.array(plan + [widths[-1]] * (carry > 0))
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return len(self.batch_widths)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return generator(self.split_seed, Purpose.SCHEDULE, epoch).permutation(self.per_epoch)
+
+    def width(self, step: int) -> int:
+        """Tokens per row at optimiser step `step` of an episode, the same in every lane."""
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch not in self._widths:
+            self._widths = {epoch: self.batch_widths[self._order(epoch)]}
+        return int(self._widths[epoch][at])
+
+    def indices(self, lane: int, seed: int, episode: int, step: int) -> np.ndarray:
+        """Row indices (B,) of one lane's batch; -1 marks filling.
+
+        Args:
+            lane: Only names the cache slot; it does not enter the draw.
+            seed: The lane's seed.
+            episode: The lane's episode.
+            step: Optimiser step within the episode.
+        """
+        epoch, at = divmod(step, self.per_epoch)
+        key = (seed, episode, epoch)
+        if lane not in self._epochs or self._epochs[lane][0] != key:
+            self._epochs[lane] = (key, self._draw_epoch(*key))
+        drawn: np.ndarray = self._epochs[lane][1][at]
+        return drawn
+
+    def _draw_epoch(self, seed: int, episode: int, epoch: int) -> np.ndarray:
+        rng = generator(seed, Purpose.DATA, episode, epoch)
+        batches, carry = [], np.empty(0, dtype=np.int64)
+        for rows in self.bucket_rows:
+            pool = rng.permutation(np.concatenate([carry, rows]))
+            full = len(pool) // self.batch_size * self.batch_size
+            batches.append(pool[:full])
+            carry = pool[full:]
+        if len(carry):
+            batches.append(np.concatenate([carry, np.full(self.batch_size - len(carry), -1)]))
+        return np.concatenate(batches).reshape(-1, self.batch_size)[self._order(epoch)]
+
+    def gather(self, indices: np.ndarray, width: int) -> Batch:
+        """Fetch a batch: indices (L, B) of row numbers, -1 for filling."""
+        device = next(iter(self.rows.values())).device
+        index = torch.from_numpy(indices.reshape(-1)).to(device)
+        return Batch(take_rows(self.rows, index.clamp_min(0), width), (index >= 0).float())

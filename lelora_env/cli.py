@@ -1,0 +1,241 @@
+"""The command ``lelora``.
+
+Each sub-command is one function: it turns its options into settings, calls a module that knows nothing
+of the command line, and prints. Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lelora_env.config import ADAPTER_FIELDS, ENV_FIELDS, split_options
+from lelora_env.errors import LeLoRAError, UnknownNameError
+
+if TYPE_CHECKING:
+    from lelora_env.training import LaneResult
+
+LISTS = ("rank_set", "locations", "betas", "extra_features")
+"""Settings that hold several values; on the command line these are separated by commas."""
+
+app = typer.Typer(
+    name="lelora", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models while an agent chooses rank and spectral location of every adapted matrix.",
+)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn errors that users can mend into one line on stderr and an exit code."""
+    try:
+        yield
+    except LeLoRAError as error:
+        typer.echo(f"lelora: error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("lelora: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"lelora-env {version('lelora-env')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options before any sub-command; also makes typer keep ``train`` as a sub-command."""
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` settings: numbers, true, false and none as such, all else as text.
+
+    Raises:
+        LeLoRAError: A setting without ``=``.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise LeLoRAError(f"a setting must look like key=value (got {pair!r})")
+        key = key.strip().replace("-", "_")
+        settings[key] = [_value(part) for part in text.strip("[]() ").split(",") if part.strip()] \
+            if key in LISTS else _value(text)
+    return settings
+
+
+def _value(text: str) -> Any:
+    text = text.strip()
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except json.JSONDecodeError:
+        return text
+
+
+def config_options(pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the environment from ``--set`` and from options of their own, which win.
+
+    Raises:
+        UnknownNameError: A setting that there is none of.
+        LeLoRAError: A value that does not fit its setting.
+    """
+    options = parse_settings(pairs)
+    for name in options:
+        if name not in ADAPTER_FIELDS + ENV_FIELDS:
+            raise UnknownNameError("setting", name, ADAPTER_FIELDS + ENV_FIELDS)
+    options |= {name: value for name, value in given.items() if value is not None}
+    try:
+        split_options(options)
+    except TypeError as error:
+        raise LeLoRAError(f"a setting has a value of the wrong kind: {options} ({error})") from None
+    return options
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a plain line at every tenth of the way."""
+
+    def __init__(self, total: int) -> None:
+        """Count up to `total`."""
+        self.total, self.started, self.bar = total, time.monotonic(), None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+
+    def __call__(self, step: int, losses: dict[str, float]) -> None:
+        """Env step `step` is done; `losses` are those of the lanes."""
+        text = "loss: " + ", ".join(f"{lane} {loss:.3f}" for lane, loss in losses.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif step * 10 // self.total > (step - 1) * 10 // self.total:
+            typer.echo(f"  env step {step}/{self.total}  {text}  ({time.monotonic() - self.started:.0f} s)")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+_COLUMNS = ("lane", "eval {metric}", "before", "tune {metric}", "loss", "before", "mean rank", "trained parameters")
+
+
+def table(results: Sequence["LaneResult"]) -> list[str]:
+    """The closing table as lines of text; ``loss`` is that of the reward batch."""
+    head = tuple(name.format(metric=results[0].metric) for name in _COLUMNS)
+    rows = [head]
+    for r in results:
+        scores = (r.eval_after, r.eval_before, r.tune_after, r.loss_after, r.loss_before)
+        rows.append((r.lane, *(f"{x:.4f}" for x in scores), f"{r.mean_rank:.2f}", f"{r.trained_parameters:,.0f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return [row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows]
+
+
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(
+        help="Local folder, hub id, 'minilm' (the demonstration model), or 'built-in' (tiny, for the planted task).",
+        show_default="minilm")] = None,
+    task: Annotated[str | None, typer.Option(
+        help="Task by name, or a JSONL, JSON, CSV or Parquet file.", show_default="docstrings")] = None,
+    agent: Annotated[str, typer.Option(help="Who allocates: reinforce, ppo, a2c, random or fixed.")] = "reinforce",
+    control: Annotated[list[str] | None, typer.Option(
+        help="An agent to run beside it on the same data; may be repeated; 'none' for no control.",
+        show_default="fixed")] = None,
+    horizon: Annotated[int | None, typer.Option("--horizon", "--steps", help="Env steps of the run.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data order, head start and agents.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/...")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the adapters.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Training rows per optimiser step.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="What to adapt: query,value or all-linear.")] = None,
+    rank_set: Annotated[str | None, typer.Option(help="Ranks to choose from, such as 0,2,4,8.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device; the GPU where there is one.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any other field of AdapterConfig or EnvConfig; may be repeated.")] = None,
+    agent_setting: Annotated[list[str] | None, typer.Option(
+        "--agent-set", metavar="KEY=VALUE", help="An option of the agent; may be repeated.")] = None,
+) -> None:
+    """Fine-tune a model under an agent's allocations, beside a control, and leave a run folder."""
+    given = {"horizon": horizon, "learning_rate": learning_rate, "batch_size": batch_size, "device": device,
+             "target_modules": target_modules, **parse_settings([f"rank_set={rank_set}"] if rank_set else [])}
+    with plain_errors():
+        from lelora_env.training import TrainSettings
+
+        chosen_model, chosen_task = _model_and_task(model, task)
+        controls = tuple(name for name in control or ["fixed"] if name != "none")
+        _train(TrainSettings(
+            model=chosen_model, task=chosen_task, agent=agent, controls=controls, seed=seed, out=out,
+            options=config_options(setting or [], given), agent_options=parse_settings(agent_setting or []),
+        ))
+
+
+def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:
+    """Fill in what was not given: the demonstration, or the planted task with its own model."""
+    if task is None:
+        task = "planted" if model == "built-in" else "docstrings"
+    if model is None:
+        model = "built-in" if task == "planted" else "minilm"
+    return model, task
+
+
+def _train(settings: Any) -> None:
+    from lelora_env.training import Training
+
+    typer.echo(f"Preparing {settings.model} for {settings.task} ...")
+    training = Training(settings)
+    for line in _plan(training):
+        typer.echo(line)
+    progress = Progress(training.base.horizon)
+    try:
+        results = training.run(progress)
+    finally:
+        progress.close()
+    typer.echo("\n" + "\n".join(table(results)) + "\n")
+    typer.echo(
+        f"One run of {training.base.horizon} env steps is far too short to learn an allocation: the lanes differ\n"
+        "mostly in how many components they trained, and by chance. Telling allocations apart takes hundreds of runs\n"
+        "compared under common random numbers, or a policy trained for thousands of env steps.\n"
+    )
+    typer.echo(f"Run folder: {training.path} (allocation.png, metrics.jsonl, adapter.safetensors, ...)\n"
+               f"Curves:     tensorboard --logdir {training.path / 'events'}")
+
+
+def _plan(training: Any) -> list[str]:
+    """What is about to happen, in a few lines."""
+    base, settings = training.base, training.settings
+    adapter, config = base.adapter_config, base.env_config
+    kinds = ", ".join(dict.fromkeys(matrix.type for matrix in base.matrices))
+    return [
+        f"  lanes     {', '.join(settings.lanes)}: same start, same rows in the same order, own allocations",
+        f"  matrices  {len(base.matrices)} ({kinds}); ranks {', '.join(map(str, adapter.rank_set))}; "
+        f"locations {', '.join(adapter.location_names)}",
+        f"  budget    {config.horizon} env steps x {config.steps_per_action} optimiser steps x {config.batch_size} "
+        f"rows; reward on {config.reward_size} rows held out; seed {settings.seed}",
+    ]

@@ -1,0 +1,160 @@
+"""From a finished lane to weights: merge into a plain model, save and load the adapter.
+
+Files are safetensors plus JSON, written atomically; reading them runs no code.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lelora_env.adapter import share_tensors
+from lelora_env.bank import factors
+from lelora_env.errors import LeLoRAError, ModelError
+from lelora_env.finetune import FineTuner
+
+if TYPE_CHECKING:
+    from lelora_env.vector_env import LeLoRAVectorEnv
+
+FORMAT = "lelora-adapter"
+FORMAT_VERSION = 1
+
+
+@torch.no_grad()
+def merged_weights(tuner: FineTuner, lane: int = 0) -> dict[str, Tensor]:
+    """Everything that training changed, as plain weights by parameter name, in fp32.
+
+    Args:
+        tuner: The fine-tuning process.
+        lane: Which lane.
+
+    Returns:
+        ``<matrix>.weight`` in the module's own orientation, and the heads' weights and biases.
+    """
+    base, weights = tuner.base, {}
+    rows = {name: p.detach()[lane] for name, p in tuner.bank.rows.items()}
+    for group, residual in zip(base.spectrum.layout.groups, base.spectrum.residual, strict=True):
+        left, right = factors(rows, group, base.spectrum.scale)
+        for i, index in enumerate(group.matrices):
+            matrix = base.matrices[index]
+            weight = residual[i].float() + left[i].T @ right[i]
+            weights[f"{matrix.name}.weight"] = weight.T.contiguous() if matrix.transposed else weight
+    for name, head in tuner.lane_model.heads.items():
+        weights[f"{name}.weight"] = head.weight.detach()[lane].clone()
+        if head.bias is not None:
+            weights[f"{name}.bias"] = head.bias.detach()[lane].clone()
+    return weights
+
+
+def merged_model(tuner: FineTuner, lane: int = 0) -> nn.Module:
+    """The lane's model with plain layers, ready for ``save_pretrained`` or ``generate``.
+
+    Untouched weights are shared with the environment, merged ones are its own; in the frozen
+    model's type.
+    """
+    model = share_tensors(tuner.base.model)
+    for name, weight in merged_weights(tuner, lane).items():
+        module, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(module)
+        kind = tuner.base.spectrum.residual[0].dtype
+        setattr(owner, attribute, nn.Parameter(weight.to(kind), requires_grad=False))
+    return model
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Let ``write(temporary path)`` make a file and move it into place whole.
+
+    Raises:
+        LeLoRAError: The folder cannot be written to, or the disk is full; nothing is left behind.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(Path(temporary))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LeLoRAError(f"cannot write {path}: {error.strerror or error}. Choose a folder with space that you may "
+                          "write to.") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def save_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> Path:
+    """Save a lane's trained components and head: ``adapter.safetensors`` and ``adapter.json``.
+
+    Args:
+        env: The environment.
+        folder: Where to write; made when missing.
+        lane: Which lane.
+
+    Raises:
+        LeLoRAError: The folder cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    tuner, folder = env.tuner, Path(folder)
+    tensors = {f"rows.{n}": p.detach()[lane].cpu().contiguous() for n, p in tuner.bank.rows.items()}
+    about = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "adapter": asdict(env.adapter_config),
+        "matrices": [asdict(m) for m in env.matrices],
+        "task": env.task.name,
+        "fingerprint": _fingerprint(tuner),
+    }
+    write_atomically(folder / "adapter.safetensors", lambda path: save_file(tensors, path))
+    write_atomically(folder / "adapter.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    return folder / "adapter.safetensors"
+
+
+def _fingerprint(tuner: FineTuner) -> list[float]:
+    """Frobenius norms of the pretrained matrices: tells whether an adapter belongs to a model."""
+    return [round(float(x), 4) for x in tuner.base.spectrum.singular_values.double().square().sum(1).sqrt()]
+
+
+def load_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> None:
+    """Put saved components and head into a lane of an environment on the same model.
+
+    Raises:
+        LeLoRAError: No adapter there, a damaged file, a newer version, or another model or bank.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "adapter.json").read_text())
+        tensors = load_file(folder / "adapter.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LeLoRAError(f"no readable adapter in {folder}: {error}. It needs adapter.json and adapter.safetensors as "
+                          "save_adapter writes them.") from error
+    _check_adapter(about, tensors, env)
+    with torch.no_grad():
+        for name, parameter in env.tuner.bank.rows.items():
+            parameter[lane].copy_(tensors[f"rows.{name}"])
+
+
+def _check_adapter(about: Mapping[str, Any], tensors: dict[str, Tensor], env: "LeLoRAVectorEnv") -> None:
+    if about.get("format") != FORMAT or int(about.get("version", 0)) > FORMAT_VERSION:
+        raise LeLoRAError(f"not an adapter this version reads (format {about.get('format')!r}, version "
+                          f"{about.get('version')!r}; expected {FORMAT!r} up to {FORMAT_VERSION}). Update the package.")
+    fitting = all(
+        f"rows.{name}" in tensors and tensors[f"rows.{name}"].shape == p.shape[1:]
+        for name, p in env.tuner.bank.rows.items()
+    )
+    if not fitting or about["adapter"]["parametrisation"] != env.adapter_config.parametrisation:
+        raise ModelError("the adapter was trained with another model, rank_set, locations, parametrisation or head.")
+    ours = torch.tensor(_fingerprint(env.tuner))
+    if not torch.allclose(ours, torch.tensor(about["fingerprint"]), rtol=1e-3):
+        raise ModelError("the adapter was trained on other pretrained weights than this model has.")
+
+

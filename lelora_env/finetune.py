@@ -1,0 +1,348 @@
+"""Fine-tuning L lanes of one frozen model under a component mask. No word of reinforcement learning.
+
+Shapes: L lanes · M matrices · K components · B rows a lane · N rows · P numbers a row to score.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lelora_env.adapter import LaneContext, LaneLinear, LaneModel, SpectralLinear, add_dropout, replace_module
+from lelora_env.adapter import share_tensors
+from lelora_env.bank import HEAD, SIGMA, Bank
+from lelora_env.batches import Batches, rounded, row_lengths, take_rows
+from lelora_env.config import EnvConfig
+from lelora_env.errors import ModelError
+from lelora_env.keys import Purpose, generator, torch_generator
+from lelora_env.matrices import linear_weight
+from lelora_env.models import Base
+from lelora_env.optim import MaskedAdamW, linear_schedule
+from lelora_env.tasks.base import Rows, Splits, Task
+
+OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""Optimiser state that belongs to a lane; masks are set anew in every step."""
+
+FORWARD_ROWS = 64
+"""Rows per lane in one forward pass without gradients."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the optimiser steps of one env step did.
+
+    Attributes:
+        train_loss: (L,) mean training loss of the steps, before each update.
+        grad_norm: (L,) gradient norm of the last step over what was trained, before clipping.
+        learning_rate: (L,) learning rate of the last step.
+    """
+
+    train_loss: Tensor
+    grad_norm: Tensor
+    learning_rate: Tensor
+
+
+def attach(base: Base, dropout: float) -> LaneModel:
+    """Give a model's matrices and heads lane layers, over the same frozen tensors."""
+    context = LaneContext()
+    root = share_tensors(base.model)
+    lane_model = LaneModel(root, context)
+    where = {m: (group, i) for group, g in enumerate(base.spectrum.layout.groups) for i, m in enumerate(g.matrices)}
+    for index, matrix in enumerate(base.matrices):
+        group, place = where[index]
+        bias = getattr(root.get_submodule(matrix.name), "bias", None)
+        layer = SpectralLinear(matrix.name, base.spectrum.residual[group][place], bias, context)
+        replace_module(root, matrix.name, layer)
+        lane_model.spectral.append(layer)
+    for name in base.heads:
+        linear = root.get_submodule(name)
+        head = LaneLinear(name, context, tuple(linear_weight(linear).shape), linear.bias is not None)  # type: ignore[arg-type]
+        replace_module(root, name, head)
+        lane_model.heads[name] = head
+    if dropout:
+        add_dropout(lane_model, dropout)
+    return lane_model
+
+
+def _backward(loss: Tensor) -> None:
+    """Run the backward pass into the flat gradient buffers.
+
+    Torch advises once that such gradients are views with the lane's stride; they are meant to be.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+class FineTuner:
+    """L fine-tuning runs that share one frozen model.
+
+    Each lane has its own bank, head, optimiser state, data order and clock. A lane's numbers depend
+    on its own seed, episode and masks only.
+    """
+
+    def __init__(self, base: Base, task: Task, splits: Splits, config: EnvConfig, lanes: int) -> None:
+        """Allocate all lanes; `start` puts a lane at the beginning of a run.
+
+        Args:
+            base: The decomposed model.
+            task: Loss and score.
+            splits: The task's rows.
+            config: Optimiser, batch and split settings.
+            lanes: L.
+        """
+        self.base, self.task, self.config, self.lanes = base, task, config, lanes
+        self.device = base.device
+        self.splits = Splits(
+            **{name: self._to_device(splits[name]) for name in ("train", "reward", "tune", "eval")},
+            sources=splits.sources,
+            notes=splits.notes,
+        )
+        self.batches = Batches(self.splits.train, config.batch_size, config.split_seed)
+        self.lane_model = attach(base, config.dropout)
+        self.bank = Bank(base.spectrum, lanes, self.lane_model.head_size)
+        self._bind()
+        self.optimiser = self._make_optimiser()
+        self.seeds = np.zeros(lanes, dtype=np.int64)
+        self.episodes = np.zeros(lanes, dtype=np.int64)
+        self.steps = np.zeros(lanes, dtype=np.int64)
+        self._reward_rows = self._trimmed(self.splits.reward)
+
+    def _to_device(self, rows: Rows) -> Rows:
+        return {name: column.to(self.device) for name, column in rows.items()}
+
+    def _trimmed(self, rows: Rows) -> Rows:
+        width = rounded(int(row_lengths(rows).max(initial=0)))
+        count = len(next(iter(rows.values())))
+        return take_rows(rows, torch.arange(count, device=self.device), width)
+
+    def _bind(self) -> None:
+        spectrum = self.base.spectrum
+        for group in spectrum.layout.groups:
+            size = len(group.components)
+            for i, matrix in enumerate(group.matrices):
+                left = self.bank.leaf(str(group.out_features), group.left + i * size, (size, group.out_features))
+                right = self.bank.leaf(str(group.in_features), group.right + i * size, (size, group.in_features))
+                sigma = self.bank.leaf(SIGMA, group.sigma + i * size, (size, 1)) if SIGMA in self.bank.rows else None
+                self.lane_model.spectral[matrix].bind(left, right, sigma, float(spectrum.scale[matrix]))
+        start = 0
+        for head in self.lane_model.heads.values():
+            weight = self.bank.leaf(HEAD, start, head.shape)
+            start += head.out_features * head.in_features
+            bias = self.bank.leaf(HEAD, start, (head.out_features,)) if head.has_bias else None
+            start += head.out_features if head.has_bias else 0
+            head.bind(weight, bias)
+
+    def _make_optimiser(self) -> MaskedAdamW:
+        config = self.config
+        groups = [
+            {
+                "params": [parameter],
+                "lr": torch.zeros(self.lanes, device=self.device),
+                "reference": None if name == HEAD else self.bank.reference[name],
+            }
+            for name, parameter in self.bank.rows.items()
+        ]
+        return MaskedAdamW(groups, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+
+    # ------------------------------------------------------------------ starting a run
+
+    def start(self, lane: int, seed: int, episode: int) -> None:
+        """Put one lane at the start of a run: pretrained components, fresh moments, its own head.
+
+        Args:
+            lane: Which lane.
+            seed: Key of its data order, dropout and head start.
+            episode: Further part of the key.
+        """
+        with torch.no_grad():
+            for name, parameter in self.bank.rows.items():
+                parameter[lane].copy_(self.bank.reference[name])
+                for key in OWN_STATE:
+                    self.optimiser.state[parameter][key][lane].zero_()
+            if HEAD in self.bank.rows:
+                self.bank.rows[HEAD][lane, 0].copy_(self._head_start(seed, episode))
+        self.seeds[lane], self.episodes[lane], self.steps[lane] = seed, episode, 0
+
+    def _head_start(self, seed: int, episode: int) -> Tensor:
+        """A head's first numbers (H,): the checkpoint's where it has them, N(0, 0.02²) otherwise."""
+        rng = torch_generator(seed, Purpose.HEAD, episode)
+        spread = getattr(getattr(self.base.model, "config", None), "initializer_range", 0.02)
+        parts = []
+        for name, head in self.lane_model.heads.items():
+            linear = self.base.model.get_submodule(name)
+            weight = torch.randn(head.shape, generator=rng) * spread
+            fresh = name in self.base.fresh_heads
+            parts.append((weight if fresh else linear_weight(linear).detach().float().cpu()).flatten())
+            if head.has_bias:
+                bias: Tensor = linear.bias  # type: ignore[assignment]
+                parts.append(torch.zeros(head.out_features) if fresh else bias.detach().float().cpu())
+        return torch.cat(parts).to(self.device)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, mask: Tensor, active: np.ndarray, steps: int) -> Progress:
+        """Take optimiser steps on the components of `mask` (Eq. 6); heads train in every step.
+
+        Args:
+            mask: (L, M, K) bool: components that are updated.
+            active: (L,) bool: lanes that step at all; the others stay bitwise as they are.
+            steps: Optimiser steps.
+        """
+        on = torch.from_numpy(active).to(self.device)
+        self.optimiser.set_masks(list(self.bank.row_masks(mask.to(self.device), on).values()))
+        losses = torch.zeros(self.lanes, device=self.device)
+        for _ in range(steps):
+            weight = self._gradients(losses)
+            rates = self._set_rates()
+            norm = self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / weight)
+            self.optimiser.step()
+            self.steps += active
+        return Progress(train_loss=losses / steps, grad_norm=norm, learning_rate=rates)
+
+    def _gradients(self, losses: Tensor) -> Tensor:
+        """Leave the summed gradients of the next batch in the buffers; returns each lane's weight (L,)."""
+        self.bank.zero_grad()
+        config = self.config
+        width = max(self.batches.width(int(step)) for step in self.steps)
+        clocks = zip(self.seeds, self.episodes, self.steps, strict=True)
+        chosen = np.stack([self.batches.indices(lane, *map(int, clock)) for lane, clock in enumerate(clocks)])
+        total = torch.zeros(self.lanes, device=self.device)
+        weight = torch.zeros(self.lanes, device=self.device)
+        for part, indices in enumerate(np.split(chosen, config.accumulate, axis=1)):
+            batch = self.batches.gather(indices, width)
+            self._set_dropout(part)
+            row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
+            lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
+            _backward(lane_total.sum())
+            total += lane_total.detach()
+            weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
+        self.lane_model.context.dropout_keys = None
+        weight = weight.clamp_min(1e-30)
+        losses += total / weight
+        return weight
+
+    def _set_dropout(self, part: int) -> None:
+        if not self.config.dropout:
+            return
+        clocks = zip(self.seeds, self.episodes, self.steps, strict=True)
+        keys = [int(generator(int(s), Purpose.DROPOUT, int(e), int(t), part).integers(2**31)) for s, e, t in clocks]
+        self.lane_model.context.dropout_keys = torch.tensor(keys, device=self.device)
+
+    def _set_rates(self) -> Tensor:
+        """Set this step's learning rate of every lane; returns the bank's, (L,)."""
+        config = self.config
+        steps = torch.from_numpy(self.steps).to(self.device)
+        factor = linear_schedule(steps, config.total_steps, config.warmup)  # (L,)
+        for name, group in zip(self.bank.rows, self.optimiser.param_groups, strict=True):
+            peak = (config.head_learning_rate or config.learning_rate) if name == HEAD else config.learning_rate
+            group["lr"].copy_(peak * factor)
+        return config.learning_rate * factor
+
+    # ------------------------------------------------------------------ forward passes
+
+    def forward(self, rows: Rows) -> Tensor:
+        """The model's output for lane-major rows, (L·B, ...)."""
+        context = self.lane_model.context
+        if not self.base.looped or self.lanes == 1:
+            return self._call(rows)
+        size = len(next(iter(rows.values()))) // self.lanes
+        outputs = []
+        for lane in range(self.lanes):
+            context.lane = lane
+            outputs.append(self._call({k: v[lane * size : (lane + 1) * size] for k, v in rows.items()}))
+        context.lane = None
+        return torch.cat(outputs)
+
+    def _call(self, rows: Rows) -> Tensor:
+        inputs = {name: rows[name] for name in self.task.inputs if name in rows}
+        output = self.lane_model.model(**inputs, **self.base.forward_options)
+        return output.logits if hasattr(output, "logits") else output  # type: ignore[no-any-return]
+
+    def _in_every_lane(self, rows: Rows) -> Rows:
+        return {name: c.repeat(self.lanes, *[1] * (c.dim() - 1)) for name, c in rows.items()}
+
+    @torch.no_grad()
+    def reward_loss(self) -> Tensor:
+        """Loss of every lane on the fixed reward rows, in evaluation mode: (L,) (L1 of Eq. 2)."""
+        count = len(next(iter(self._reward_rows.values())))
+        total = torch.zeros(self.lanes, device=self.device)
+        weight = torch.zeros(self.lanes, device=self.device)
+        for start in range(0, count, FORWARD_ROWS):
+            part = self._in_every_lane({k: v[start : start + FORWARD_ROWS] for k, v in self._reward_rows.items()})
+            row_total, row_weight = self.task.loss(self.forward(part), part)
+            total += row_total.view(self.lanes, -1).sum(1)
+            weight += row_weight.view(self.lanes, -1).sum(1)
+        return total / weight
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> list[dict[str, float]]:
+        """The task's score on a split, one dictionary a lane.
+
+        Raises:
+            ModelError: The split has no rows.
+        """
+        rows = self.splits[split]
+        lengths = row_lengths(rows)
+        if not len(lengths):
+            raise ModelError(f"the split {split!r} has no rows; give it some (for tune: tune_size > 0).")
+        order = np.argsort(lengths, kind="stable")
+        parts = []
+        for start in range(0, len(order), FORWARD_ROWS):
+            chosen = order[start : start + FORWARD_ROWS]
+            part = take_rows(rows, torch.from_numpy(chosen).to(self.device), rounded(int(lengths[chosen].max())))
+            repeated = self._in_every_lane(part)
+            predicted = self.task.predict(self.forward(repeated), repeated)
+            parts.append(predicted.view(self.lanes, len(chosen), -1).float().cpu().numpy())
+        back = np.argsort(order, kind="stable")
+        predictions = np.concatenate(parts, axis=1)[:, back]  # (L, N, P)
+        host = {name: column.cpu() for name, column in rows.items()}
+        return [self.task.score(predictions[lane], host) for lane in range(self.lanes)]
+
+    @torch.no_grad()
+    def finite_lanes(self) -> np.ndarray:
+        """(L,) bool: lanes whose trainable numbers are all finite."""
+        checks = [parameter.isfinite().flatten(1).all(1) for parameter in self.bank.rows.values()]
+        return torch.stack(checks).all(0).cpu().numpy()
+
+    @torch.no_grad()
+    def matrix_grad_norms(self) -> Tensor:
+        """Norm of the last gradient of every matrix's whole bank, (L, M), before clipping and masks."""
+        square = torch.zeros(self.lanes, len(self.base.matrices), device=self.device)
+        for name, owner in self.base.spectrum.layout.row_matrix.items():
+            gradient = self.bank.rows[name].grad
+            assert gradient is not None
+            square.index_add_(1, owner.to(self.device), gradient.square().sum(-1))
+        return square.sqrt()
+
+    # ------------------------------------------------------------------ state
+
+    def get_state(self, lane: int) -> dict[str, Tensor]:
+        """A copy of everything that is one lane's own, as plain tensors by name."""
+        state = {"finetune.clock": torch.tensor([self.seeds[lane], self.episodes[lane], self.steps[lane]])}
+        for name, parameter in self.bank.rows.items():
+            state[f"rows.{name}"] = parameter.detach()[lane].clone()
+            for key in OWN_STATE:
+                state[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane].clone()
+        return state
+
+    def set_state(self, lane: int, state: dict[str, Tensor]) -> None:
+        """Put a state taken by `get_state` into a lane, bitwise.
+
+        Raises:
+            ModelError: The state belongs to another model, adapter or head.
+        """
+        with torch.no_grad():
+            targets = {f"rows.{name}": p[lane] for name, p in self.bank.rows.items()}
+            for name, parameter in self.bank.rows.items():
+                for key in OWN_STATE:
+                    targets[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane]
+            for key, target in targets.items():
+                if key not in state or state[key].shape != target.shape:
+                    raise ModelError(f"this state does not fit: {key!r} is missing or has another shape. It was "
+                                     "taken from an environment with another model, rank_set or head.")
+            for key, target in targets.items():
+                target.copy_(state[key])
+        self.seeds[lane], self.episodes[lane], self.steps[lane] = (int(x) for x in state["finetune.clock"])

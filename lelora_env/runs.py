@@ -1,0 +1,291 @@
+"""The folder that a run leaves behind, and how it is read back.
+
+A run folder holds plain files that stay readable whatever happens to the process::
+
+    run.json           status, seed, command, versions, commit, hardware, times; replaced atomically
+    config.json        every setting, resolved
+    matrices.json      the matrices in the order of the allocation's columns
+    metrics.jsonl      one line per env step and lane, flushed at once
+    allocation.jsonl   one action per env step and lane: with the seed, enough to step the run again
+    events/<lane>/     the same numbers as TensorBoard events
+    result.json        the closing table
+    allocation.png     the allocation over time;  adapter.safetensors + adapter.json: what was learnt
+
+Shapes: T env steps · M matrices.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from lelora_env.errors import LeLoRAError
+from lelora_env.matrices import MatrixInfo
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+FORMAT = 1
+"""Version of the folder's layout, in run.json."""
+
+_PACKAGES = ("lelora-env", "torch", "gymnasium", "stable-baselines3", "transformers", "datasets", "numpy")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """JSON text of plain values, NumPy numbers and arrays; what is not finite becomes ``null``."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, commit and hardware: what one needs to know to judge or repeat a run."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    cuda = torch.cuda.is_available()
+    hardware = {
+        "machine": platform.machine(), "system": f"{platform.system()} {platform.release()}",
+        "cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+    return {"versions": versions, "commit": _commit(), "hardware": hardware}
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, with ``+changes`` if it was edited."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(root), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before any work, that a run folder can be made at ``path``; leave nothing behind.
+
+    Raises:
+        LeLoRAError: It exists and is not an empty folder, or cannot be written to.
+    """
+    missing: list[Path] = []
+    try:
+        if path.is_file():
+            raise LeLoRAError(f"the run folder {path} is a file. Give another path with --out.")
+        if path.is_dir() and any(path.iterdir()):
+            raise LeLoRAError(f"the run folder {path} is not empty, and a run never overwrites another. "
+                              "Give a new path with --out, or remove the folder first.")
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / ".probe", "")
+        (path / ".probe").unlink()
+    except OSError as error:
+        raise LeLoRAError(f"the run folder {path} cannot be written to ({error.strerror or error}). "
+                          "Give a path that you may write to with --out.") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def default_folder(task: str, agent: str, base: Path = Path("runs")) -> Path:
+    """A new path such as ``runs/2026-03-01_12-30-05_docstrings_reinforce``."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{task}_{agent}".replace("/", "-").replace(os.sep, "-")
+    path = base / name
+    return next(p for p in (path, *(base / f"{name}_{i}" for i in range(2, 10_000))) if not p.exists())
+
+
+class RunFolder:
+    """Writes a run folder; a context manager that records how the run ended.
+
+    Leaving the block normally says ``finished``, leaving it by Ctrl-C ``interrupted``, by any other
+    exception ``failed`` with its message.
+
+    Args:
+        path: The folder; must not exist or be empty.
+        config: Every setting, resolved, as plain values; must hold ``rank_set`` and ``locations``.
+        matrices: The M matrices in the order of the actions.
+        lanes: Names of the lanes that will be logged.
+        seed: The run's seed.
+
+    Raises:
+        LeLoRAError: The folder is not empty or cannot be written to.
+    """
+
+    def __init__(self, path: Path, *, config: Mapping[str, Any], matrices: Sequence[MatrixInfo],
+                 lanes: Sequence[str], seed: int) -> None:
+        check_writable(path)
+        facts = environment_facts()
+        self.path = path
+        self._started = time.monotonic()
+        self._events: dict[str, Any] = {}
+        path.mkdir(parents=True, exist_ok=True)
+        self._run: dict[str, Any] = {
+            "format": FORMAT, "status": "running", "seed": seed, "lanes": list(lanes), "command": sys.argv,
+            "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds"), **facts,
+        }
+        self._set()
+        self.write_json("config.json", config)
+        self.write_json("matrices.json", [asdict(matrix) for matrix in matrices])
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._actions = (path / "allocation.jsonl").open("a", encoding="utf-8")
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write one JSON file of the folder, atomically."""
+        write_atomic(self.path / name, to_json(value, indent=2) + "\n")
+
+    def log(self, lane: str, env_step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics and send the same numbers to TensorBoard."""
+        self._metrics.write(to_json({"lane": lane, "env_step": env_step, **metrics}) + "\n")
+        self._metrics.flush()
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self._writer(lane).add_scalar(key, value, env_step)
+
+    def log_action(self, lane: str, env_step: int, action: np.ndarray) -> None:
+        """Append one flat action (2M,): the one that led to ``env_step``."""
+        self._actions.write(to_json({"lane": lane, "env_step": env_step, "action": action}) + "\n")
+        self._actions.flush()
+
+    def _writer(self, lane: str) -> Any:
+        if lane not in self._events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer: Any = SummaryWriter  # untyped
+            self._events[lane] = writer(log_dir=str(self.path / "events" / lane), flush_secs=10)
+        return self._events[lane]
+
+    def _set(self, **changes: Any) -> None:
+        self._run.update(changes)
+        self.write_json("run.json", self._run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        status: Status = "finished"
+        if kind is not None:
+            status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self._set(
+            status=status, error=f"{kind.__name__}: {error}" if kind is not None and status == "failed" else None,
+            ended=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - self._started, 3),
+        )
+        for stream in (self._metrics, self._actions, *self._events.values()):
+            stream.close()
+
+
+class LaneTrace:
+    """What one lane did over a run.
+
+    Attributes:
+        name: The lane's name.
+        ranks: (T, M) int: the rank of each matrix in each env step.
+        locations: (T, M) int: its location, as an index into the run's ``locations``.
+        metrics: Lines of metrics.jsonl, ascending in ``env_step``; step 0 is the start.
+    """
+
+    def __init__(self, name: str, ranks: np.ndarray, locations: np.ndarray, metrics: list[dict[str, Any]]) -> None:
+        self.name, self.ranks, self.locations, self.metrics = name, ranks, locations, metrics
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Env steps and values of one metric, both (N,), for the lines that have it (NaN for null)."""
+        found = [(line["env_step"], line[key]) for line in self.metrics if key in line]
+        steps = np.array([step for step, _ in found], dtype=np.int64)
+        return steps, np.array([math.nan if v is None else v for _, v in found], dtype=np.float64)
+
+
+class RunRecord:
+    """A run folder read back: also one that is still being written or was cut off.
+
+    Attributes:
+        path: The folder.
+        info: run.json.
+        config: config.json.
+        matrices: The M matrices.
+        lanes: What each lane did, in the run's order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info: dict[str, Any] = _read_json(path, "run.json")
+        if self.info.get("format") != FORMAT:
+            raise LeLoRAError(f"{path} has run-folder format {self.info.get('format')!r}; this version reads {FORMAT}. "
+                              "Read it with the version of lelora-env that run.json names.")
+        self.config: dict[str, Any] = _read_json(path, "config.json")
+        self.matrices = [MatrixInfo(**matrix) for matrix in _read_json(path, "matrices.json")]
+        metrics, actions = _read_lines(path / "metrics.jsonl"), _read_lines(path / "allocation.jsonl")
+        self.lanes = [self._trace(name, metrics, actions) for name in self.info["lanes"]]
+
+    @property
+    def status(self) -> Status:
+        """How the run ended, or ``running``."""
+        status: Status = self.info["status"]
+        return status
+
+    def _trace(self, name: str, metrics: list[dict[str, Any]], actions: list[dict[str, Any]]) -> LaneTrace:
+        chosen = [line["action"] for line in actions if line["lane"] == name]
+        pairs = np.array(chosen, dtype=np.int64).reshape(len(chosen), len(self.matrices), 2)  # (T, M, 2)
+        limits = np.array([min(m.out_features, m.in_features) for m in self.matrices], dtype=np.int64)  # (M,)
+        ranks = np.minimum(np.array(self.config["rank_set"], dtype=np.int64)[pairs[..., 0]], limits)
+        return LaneTrace(name, ranks, pairs[..., 1], [line for line in metrics if line["lane"] == name])
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LeLoRAError(f"{folder} is not a run folder: it has no {name}. Give a folder that `lelora train` "
+                          "wrote.") from None
+    except json.JSONDecodeError as error:
+        raise LeLoRAError(f"{folder / name} is damaged ({error}). Take the folder from a copy.") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file, less a last one that was cut off while being written."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

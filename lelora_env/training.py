@@ -1,0 +1,277 @@
+"""The main job: an agent allocates while a model is fine-tuned, beside controls on the same data.
+
+Every contestant has a lane of its own in one vector environment with common random numbers: same start,
+same rows in the same order, same number of optimiser steps. Only the allocations differ.
+
+Shapes: L lanes · M matrices · F features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+from lelora_env.config import as_options
+from lelora_env.errors import LeLoRAError
+from lelora_env.runs import LaneTrace, RunFolder, RunRecord, check_writable, default_folder
+
+if TYPE_CHECKING:
+    from agents import Agent, Transition
+
+BUILT_IN = "built-in"
+"""Name of the small model that the planted task brings with it."""
+
+StepObserver = Callable[[int, dict[str, float]], None]
+"""Called after every env step with its number, from 1, and each lane's loss on the reward batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What `train` is to do.
+
+    Attributes:
+        model: Folder, hub id or packaged name; ``"built-in"`` = the model that the task brings along.
+        task: Name of a task, or a data file.
+        agent: Who allocates, a name in ``agents.AGENT_NAMES``.
+        controls: Agents to run beside it; may be empty.
+        seed: Seed of the environment and of every agent.
+        out: Run folder; ``None`` = a new one under ``runs/``.
+        options: Fields of ``AdapterConfig`` and ``EnvConfig`` that differ from their defaults.
+        agent_options: Options of the agent.
+    """
+
+    model: str = "minilm"
+    task: str = "docstrings"
+    agent: str = "reinforce"
+    controls: tuple[str, ...] = ("fixed",)
+    seed: int = 0
+    out: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    agent_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise LeLoRAError(f"seed must be an integer of at least 0 (got {self.seed})")
+
+    @property
+    def lanes(self) -> list[str]:
+        """A name for each contestant, the agent's first, numbered where two are of one kind."""
+        names = [self.agent, *self.controls]
+        return [name if names.index(name) == i else f"{name}-{i}" for i, name in enumerate(names)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneResult:
+    """One row of the closing table.
+
+    Attributes:
+        lane: Name of the lane.
+        metric: Name of the task's score.
+        eval_before: Score on the eval split before training.
+        eval_after: Score on the eval split after it.
+        tune_after: Score on the tune split after it; NaN without one.
+        loss_before: Loss of the reward batch before training.
+        loss_after: The same after it.
+        mean_rank: Mean over env steps and matrices.
+        trained_parameters: Mean number of trained parameters over env steps, heads not counted.
+    """
+
+    lane: str
+    metric: str
+    eval_before: float
+    eval_after: float
+    tune_after: float
+    loss_before: float
+    loss_after: float
+    mean_rank: float
+    trained_parameters: float
+
+
+class OneLane(gym.Env[np.ndarray, np.ndarray]):
+    """A vector environment as an agent with one lane of it sees it: names and spaces, no step."""
+
+    def __init__(self, vector: Any) -> None:
+        """Show the spaces of one lane of `vector`."""
+        self._vector = vector
+        self.observation_space = vector.single_observation_space
+        self.action_space = vector.single_action_space
+
+    @property
+    def unwrapped(self) -> Any:
+        """The vector environment itself, for its configuration and names."""
+        return self._vector.unwrapped
+
+
+class SideBySide:
+    """Several agents, each on a lane of its own, under the protocol of one (an `Agent`)."""
+
+    def __init__(self, agents: Sequence["Agent"]) -> None:
+        """Take L agents for L lanes, in order."""
+        self.agents = list(agents)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """(L, M, F) -> (L, 2M): each agent sees and answers its own lane only."""
+        return np.concatenate([agent.act(observation[i:i + 1]) for i, agent in enumerate(self.agents)])
+
+    def update(self, transition: "Transition") -> dict[str, float]:
+        """Let each agent learn from its lane; scalars come back as ``<lane index>/<name>``."""
+        scalars: dict[str, float] = {}
+        for i, agent in enumerate(self.agents):
+            learnt = agent.update(_lane(transition, i))
+            scalars.update({f"{i}/{name}": value for name, value in learnt.items()})
+        return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        """The agents' states, by lane index."""
+        return {str(i): agent.state_dict() for i, agent in enumerate(self.agents)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore each agent."""
+        for i, agent in enumerate(self.agents):
+            agent.load_state_dict(state[str(i)])
+
+
+def _lane(transition: "Transition", lane: int) -> "Transition":
+    here = slice(lane, lane + 1)
+    return type(transition)(
+        observation=transition.observation[here], action=transition.action[here], reward=transition.reward[here],
+        terminated=transition.terminated[here], truncated=transition.truncated[here],
+        info={name: np.asarray(value)[here] for name, value in transition.info.items()},
+        next_observation=transition.next_observation[here],
+    )
+
+
+class Training:
+    """One run of the main job: prepared when made, done by `run`.
+
+    Args:
+        settings: What to do.
+
+    Raises:
+        LeLoRAError: Bad input; nothing has been written by then.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.path = settings.out or default_folder(settings.task, settings.agent)
+        check_writable(self.path)
+        self.env = make_lanes(settings)
+        self.base: Any = self.env.unwrapped
+        self.contestants = make_contestants(settings, self.env)
+
+    @property
+    def metric(self) -> str:
+        """Name of the task's score."""
+        return str(self.base.task.metric)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting of the run, as plain values: what config.json holds."""
+        named = {name: value for name, value in asdict(self.settings).items() if name not in ("options", "out")}
+        return {**named, **as_options(self.base.adapter_config, self.base.env_config)}
+
+    def run(self, observer: StepObserver | None = None) -> list[LaneResult]:
+        """Fine-tune every lane for one episode and leave the run folder.
+
+        Raises:
+            LeLoRAError: Data or weights that cannot be used, before anything is written; or a lane
+                that diverged, and the folder says ``failed``.
+            KeyboardInterrupt: Ctrl-C; the folder says ``interrupted`` and has what was reached.
+        """
+        from lelora_env.export import save_adapter
+        from lelora_env.plots import draw_run
+
+        seed, path = self.settings.seed, self.path
+        _, info = self.env.reset(seed=seed)
+        try:
+            with RunFolder(path, config=self.resolved(), matrices=self.base.matrices, lanes=self.settings.lanes,
+                           seed=seed) as folder:
+                results = self._contest(info, folder, observer)
+                folder.write_json("result.json", [asdict(result) for result in results])
+                save_adapter(self.env, path)
+                draw_run(RunRecord(path))
+        except KeyboardInterrupt:
+            if len(RunRecord(path).lanes[-1].ranks):
+                draw_run(RunRecord(path))
+            raise
+        finally:
+            self.env.close()
+        return results
+
+    def _contest(self, info: dict[str, Any], folder: RunFolder, observer: StepObserver | None) -> list[LaneResult]:
+        """Score, fine-tune, score again."""
+        from agents import run
+
+        lanes = self.settings.lanes
+        before = self.base.evaluate("eval")
+        for i, lane in enumerate(lanes):
+            folder.log(lane, 0, {"L1": float(info["L1"][i]), "eval_score": before[i][self.metric]})
+
+        def on_step(transition: "Transition", scalars: dict[str, float], step: int) -> None:
+            log_step(folder, lanes, transition, scalars, step)
+            if observer is not None:
+                observer(step, dict(zip(lanes, transition.info["L1"].tolist(), strict=True)))
+
+        run(self.env, self.contestants, env_steps=self.base.horizon, seed=self.settings.seed, on_step=on_step)
+        after = self.base.evaluate("eval")
+        tune = self.base.evaluate("tune") if self.base.env_config.tune_size else [{}] * len(lanes)
+        traces = RunRecord(folder.path).lanes
+        return [_row(trace, self.metric, *scores) for trace, *scores in zip(traces, before, after, tune, strict=True)]
+
+
+def make_lanes(settings: TrainSettings) -> Any:
+    """The vector environment with a lane for each contestant."""
+    return gym.make_vec(
+        "lelora_env:LeLoRA-v0", num_envs=len(settings.lanes), vectorization_mode="vector_entry_point",
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task,
+        model=None if settings.model == BUILT_IN else settings.model,
+        **{"common_random_numbers": True, **settings.options},
+    )
+
+
+def make_contestants(settings: TrainSettings, env: Any) -> SideBySide:
+    """The agent and its controls, each for one lane."""
+    from agents import make_agent
+
+    view = OneLane(env)
+    first = make_agent(settings.agent, view, seed=settings.seed, **settings.agent_options)
+    return SideBySide([first, *(make_agent(name, view, seed=settings.seed) for name in settings.controls)])
+
+
+def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scalars: dict[str, float],
+             step: int) -> None:
+    """Write one env step of every lane.
+
+    Args:
+        folder: Where to.
+        lanes: Names of the L lanes.
+        transition: What happened.
+        scalars: What the agents report, as ``<lane index>/<name>``.
+        step: Number of the env step, from 1.
+
+    Raises:
+        LeLoRAError: A lane diverged; its step has been written.
+    """
+    numbers = {name: np.asarray(value) for name, value in transition.info.items() if name != "env_step"}
+    numbers = {name: value for name, value in numbers.items() if value.ndim == 1 and value.dtype.kind in "biuf"}
+    for i, lane in enumerate(lanes):
+        own = {f"agent/{name.partition('/')[2]}": value for name, value in scalars.items() if name.startswith(f"{i}/")}
+        folder.log_action(lane, step, transition.action[i])
+        folder.log(lane, step, {"reward": float(transition.reward[i]),
+                                **{name: float(value[i]) for name, value in numbers.items()}, **own})
+    diverged = [lane for i, lane in enumerate(lanes) if transition.info["diverged"][i]]
+    if diverged:
+        raise LeLoRAError(f"{' and '.join(diverged)} diverged at env step {step}: a loss or a weight is no longer "
+                          "finite. Lower --learning-rate, or set max_grad_norm.")
+
+
+def _row(trace: LaneTrace, metric: str, before: dict[str, float], after: dict[str, float],
+         tune: dict[str, float]) -> LaneResult:
+    losses = trace.series("L1")[1]
+    return LaneResult(
+        lane=trace.name, metric=metric, eval_before=before[metric], eval_after=after[metric],
+        tune_after=tune.get(metric, float("nan")), loss_before=float(losses[0]), loss_after=float(losses[-1]),
+        mean_rank=float(trace.ranks.mean()), trained_parameters=float(trace.series("trained_parameters")[1].mean()),
+    )

@@ -1,0 +1,241 @@
+"""REINFORCE against closed forms, a float64 NumPy twin, and a bandit that it must learn."""
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor, nn
+
+from agents import AgentSpec, History, Transition, make_agent, run
+from agents.reinforce import Reinforce, RunningMean
+from lelora_env.errors import LeLoRAError, UnknownNameError
+from tests.toy_env import Array, ToyEnv, ToyVectorEnv
+
+
+class Table(nn.Module):
+    """One free logit for every choice of every matrix: the smallest policy there is."""
+
+    def __init__(self, num_matrices: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.rank = nn.Parameter(torch.randn(num_matrices, 4, generator=generator))
+        self.location = nn.Parameter(torch.randn(num_matrices, 3, generator=generator))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        lanes = len(observation)
+        return self.rank.expand(lanes, -1, -1), self.location.expand(lanes, -1, -1)
+
+
+def _softmax(logits: Array) -> Array:
+    exponential = np.exp(logits - logits.max(-1, keepdims=True))
+    result: Array = exponential / exponential.sum(-1, keepdims=True)
+    return result
+
+
+def _transition(action: Array, reward: list[float], num_matrices: int) -> Transition:
+    lanes = len(reward)
+    observation = np.zeros((lanes, num_matrices, 8), dtype=np.float32)
+    none = np.zeros(lanes, dtype=bool)
+    return Transition(observation, action, np.asarray(reward), none, none, {}, observation)
+
+
+def _table_agent(num_matrices: int, **options: Any) -> tuple[Reinforce, Table]:
+    table = Table(num_matrices)
+    spec = AgentSpec.from_env(ToyVectorEnv(2, num_matrices=num_matrices))
+    return Reinforce(spec, policy=table, **options), table
+
+
+# --- the update -----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_one_matrix_is_the_closed_form() -> None:
+    """d/dlogit of -(r - b)·log softmax[a] is (r - b)·(p - onehot(a)); with no reward seen yet, b = 0."""
+    agent, table = _table_agent(1)
+    rank, location = table.rank.detach().double().numpy()[0], table.location.detach().double().numpy()[0]
+    agent.update(_transition(np.array([[2, 1]]), [-0.7], 1))
+    assert table.rank.grad is not None
+    assert table.location.grad is not None
+    np.testing.assert_allclose(table.rank.grad[0], -0.7 * (_softmax(rank) - np.eye(4)[2]), rtol=1e-5)
+    np.testing.assert_allclose(table.location.grad[0], -0.7 * (_softmax(location) - np.eye(3)[1]), rtol=1e-5)
+
+
+def test_matrices_and_lanes_are_averaged() -> None:
+    agent, table = _table_agent(2)
+    rank = table.rank.detach().double().numpy()
+    agent.update(_transition(np.array([[2, 1, 0, 0], [3, 1, 1, 2]]), [-0.5, -2.0], 2))
+    expected = np.zeros((2, 4))
+    for reward, picks in ((-0.5, (2, 0)), (-2.0, (3, 1))):
+        for matrix, pick in enumerate(picks):
+            expected[matrix] += reward * (_softmax(rank[matrix]) - np.eye(4)[pick]) / 2 / 2  # 2 matrices, 2 lanes
+    assert table.rank.grad is not None
+    np.testing.assert_allclose(table.rank.grad, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero_rule", [False, True])
+def test_ten_steps_equal_a_numpy_twin(zero_rule: bool) -> None:
+    """Adam and the bias-corrected running mean written out by hand, in float64."""
+    agent, table = _table_agent(3, learning_rate=0.05, rank_zero_rule=zero_rule)
+    logits = [p.detach().double().numpy().copy() for p in (table.rank, table.location)]
+    first, second = ([np.zeros_like(x) for x in logits] for _ in range(2))
+    rewards_seen: list[float] = []
+    rng = np.random.default_rng(0)
+    for t in range(1, 11):
+        action, reward = rng.integers([4, 3] * 3, size=(2, 6)), rng.normal(size=2) - 1
+        weights = 0.9 ** np.arange(len(rewards_seen))[::-1]
+        baseline = float(weights @ rewards_seen / weights.sum()) if rewards_seen else 0.0
+        scalars = agent.update(_transition(action, reward.tolist(), 3))
+        assert scalars["baseline"] == pytest.approx(baseline)
+        for head, sizes in enumerate((4, 3)):
+            gradient = np.zeros((3, sizes))
+            for lane in range(2):
+                for matrix in range(3):
+                    chosen = action[lane].reshape(3, 2)[matrix]
+                    if head == 1 and zero_rule and chosen[0] == 0:
+                        continue
+                    score = np.eye(sizes)[chosen[head]] - _softmax(logits[head][matrix])
+                    gradient[matrix] -= (reward[lane] - baseline) * score / 3 / 2
+            first[head] = 0.9 * first[head] + 0.1 * gradient
+            second[head] = 0.999 * second[head] + 0.001 * gradient**2
+            step = first[head] / (1 - 0.9**t) / (np.sqrt(second[head] / (1 - 0.999**t)) + 1e-8)
+            logits[head] -= 0.05 * step
+        rewards_seen.append(float(reward.mean()))
+    np.testing.assert_allclose(table.rank.detach(), logits[0], atol=2e-5)
+    np.testing.assert_allclose(table.location.detach(), logits[1], atol=2e-5)
+    assert np.abs(table.rank.detach().numpy() - Table(3).rank.detach().numpy()).max() > 0.05
+
+
+def test_hand_worked_running_mean() -> None:
+    mean = RunningMean(0.9)
+    values = []
+    for value in (2.0, 4.0, 10.0):
+        values.append(mean.value)
+        mean.add(value)
+    assert values == pytest.approx([0.0, 2.0, (0.9 * 2 + 4) / 1.9])
+    assert mean.value == pytest.approx((0.81 * 2 + 0.9 * 4 + 10) / 2.71)
+
+
+def test_scalars_are_in_nats_and_finite() -> None:
+    agent, table = _table_agent(3)
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.zero_()
+    scalars = agent.update(_transition(np.zeros((1, 6), dtype=np.int64), [-1.0], 3))
+    assert scalars["entropy"] == pytest.approx(np.log(12))
+    assert scalars["log_prob"] == pytest.approx(-np.log(12))
+    assert all(np.isfinite(value) for value in scalars.values())
+
+
+# --- bad numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_lanes_without_a_finite_reward_are_left_out_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    action = np.array([[2, 1, 0, 0], [3, 1, 1, 2]])
+    agent, table = _table_agent(2)
+    alone, alone_table = _table_agent(2)
+    alone.update(_transition(action[1:], [-2.0], 2))
+    with caplog.at_level(logging.WARNING):
+        scalars = agent.update(_transition(action, [float("nan"), -2.0], 2))
+        assert scalars["skipped_lanes"] == 1
+        assert torch.equal(table.rank, alone_table.rank)
+        before = copy.deepcopy(agent.state_dict())
+        assert agent.update(_transition(action, [float("nan"), float("inf")], 2)) == {"skipped_lanes": 2.0}
+    assert len(caplog.records) == 2
+    after = agent.state_dict()
+    assert torch.equal(before["policy"]["rank"], after["policy"]["rank"])
+    assert before["baseline"] == after["baseline"]
+
+
+def test_a_broken_network_is_a_clear_error_and_changes_nothing() -> None:
+    agent, table = _table_agent(2)
+    with torch.no_grad():
+        table.rank[0, 0] = float("nan")
+    with pytest.raises(LeLoRAError, match="logits are not finite"):
+        agent.act(np.zeros((1, 2, 8), dtype=np.float32))
+    other, other_table = _table_agent(2)
+    before = other_table.rank.detach().clone()
+    with pytest.raises(LeLoRAError, match="gradient is not finite"):
+        other.update(_transition(np.zeros((1, 4), dtype=np.int64), [1e200], 2))
+    assert torch.equal(other_table.rank, before)
+
+
+def test_unknown_presets_and_bad_settings_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="'paper'"):
+        make_agent("reinforce", ToyEnv(), preset="papers")
+    with pytest.raises(LeLoRAError, match="learning_rate must be a positive"):
+        make_agent("reinforce", ToyEnv(), learning_rate=-1.0)
+
+
+# --- the whole agent ------------------------------------------------------------------------------------------------
+
+
+def _mean_reward(history: History, last: int) -> float:
+    return float(np.mean(history.rewards[-last:]))
+
+
+def test_illegal_choices_are_never_made() -> None:
+    env = ToyVectorEnv(4, num_matrices=3, small_matrices=2)
+    agent = make_agent("reinforce", env, hidden=(16,), embedding=4, learning_rate=0.05)
+    seen: list[Array] = []
+    run(env, agent, env_steps=100, seed=0, on_step=lambda t, s, n: seen.append(t.action.reshape(4, 3, 2)))
+    assert np.stack(seen)[:, :, :2, 0].max() == 2
+    assert np.stack(seen)[:, :, 2, 0].max() == 3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learns_the_stationary_bandit(seed: int) -> None:
+    """Chance is (1/4 + 1/3) / 2 = 0.29; the paper's preset is far above it after 200 env steps of 4 lanes."""
+    env = ToyVectorEnv(4, horizons=50, problem=seed)
+    history = run(env, make_agent("reinforce", env, seed=seed), env_steps=200, seed=0)
+    assert _mean_reward(history, 50) > 0.6
+    control = run(env, make_agent("random", env, seed=seed), env_steps=300, seed=0)
+    assert _mean_reward(control, 300) == pytest.approx(0.2917, abs=0.02)
+
+
+def _rewards(seed: int, mode: AutoresetMode = AutoresetMode.SAME_STEP) -> Array:
+    env = ToyVectorEnv(2, horizons=[3, 4], autoreset_mode=mode)
+    history = run(env, make_agent("reinforce", env, seed=seed), env_steps=25, seed=0)
+    return np.stack(history.rewards)
+
+
+def test_a_seed_fixes_every_bit_and_another_seed_differs() -> None:
+    np.testing.assert_array_equal(_rewards(0), _rewards(0))
+    np.testing.assert_array_equal(_rewards(0), _rewards(0, AutoresetMode.NEXT_STEP))
+    np.testing.assert_array_equal(_rewards(0), _rewards(0, AutoresetMode.DISABLED))
+    assert not np.array_equal(_rewards(0), _rewards(1))
+
+
+def _bits(agent: Any) -> list[Array]:
+    return [p.detach().numpy().copy() for p in agent.policy.parameters()]
+
+
+def test_state_dict_continues_the_curve_bitwise_in_mid_run() -> None:
+    env = ToyVectorEnv(2, horizons=5)
+    agent = make_agent("reinforce", env, seed=0)
+    run(env, agent, env_steps=7, seed=0)
+    state = agent.state_dict()
+    kept = copy.deepcopy(state)
+    first = run(env, agent, env_steps=9, seed=0)
+    assert torch.equal(state["policy"]["rank_head.weight"], kept["policy"]["rank_head.weight"])  # a snapshot, not a view
+    other = make_agent("reinforce", env, seed=99)
+    other.load_state_dict(state)
+    second = run(env, other, env_steps=9, seed=0)
+    np.testing.assert_array_equal(np.stack(first.rewards), np.stack(second.rewards))
+    for a, b in zip(_bits(agent), _bits(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_states_for_other_features_or_settings_are_refused() -> None:
+    agent = make_agent("reinforce", ToyEnv(), hidden=(8,))
+    with pytest.raises(LeLoRAError, match="other settings"):
+        agent.load_state_dict(make_agent("reinforce", ToyEnv(), hidden=(9,)).state_dict())
+    state = agent.state_dict()
+    state["spec"]["feature_names"].append("grad_norm")
+    with pytest.raises(LeLoRAError, match="feature_names"):
+        agent.load_state_dict(state)
+    deeper = make_agent("reinforce", ToyEnv(num_matrices=20), hidden=(8,))
+    with pytest.raises(LeLoRAError, match="does not fit this environment"):
+        deeper.load_state_dict(agent.state_dict())
