@@ -163,7 +163,7 @@ class Reinforce:
         log_prob = distribution.log_prob(choice).mean(dim=1)  # (L,)
         loss = -(advantage.to(log_prob) * log_prob).mean()
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         if not math.isfinite(norm):

@@ -98,9 +98,10 @@ class StepCallback(BaseCallback):
 def warn_if_flat(policy: Any) -> None:
     """Say in the log why SB3's stock policy is not the one to use."""
     if policy == "MlpPolicy":
-        logger.warning("SB3's MlpPolicy reads all matrices as one flat vector and shares nothing between them. It "
-                       "runs, but will not learn much: one reward has to teach 2 x M heads that have nothing in common. "
-                       "A policy that is applied to every matrix alike, such as agent 'reinforce', learns from each")
+        logger.warning("SB3's MlpPolicy reads all matrices as one flat vector: one reward has to teach 2 x M heads "
+                       "that share nothing. Where features change it learns next to nothing (24 matrices, 16,000 "
+                       "samples: 0.35, chance 0.29, one network for every matrix 0.83); where they do not, it learns "
+                       "one choice by heart for each matrix, which no other model can use")
 
 
 def training_scalars(model: Any) -> dict[str, float]:

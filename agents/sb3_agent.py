@@ -189,9 +189,9 @@ def _unbound_model(spec: AgentSpec, algorithm: str, policy: Any, settings: dict[
 def _check_model(model: OnPolicyAlgorithm, spec: AgentSpec, train: bool) -> None:
     fits = model.observation_space == spec.observation_space and model.action_space == spec.action_space
     if not fits or (train and model.n_envs != spec.num_lanes):
-        raise LeLoRAError(f"the model was made for {model.observation_space} -> {model.action_space} on "
-                          f"{model.n_envs} lanes, the environment has {spec.observation_space} -> {spec.action_space} on "
-                          f"{spec.num_lanes}")
+        theirs = f"observations {model.observation_space.shape}, {model.action_space} and {model.n_envs} lanes"
+        here = f"observations {spec.observation_space.shape}, {spec.action_space} and {spec.num_lanes} lanes"
+        raise LeLoRAError(f"the model was made for {theirs} (or other bounds); the environment has {here}")
 
 
 def _global_generators() -> tuple[torch.Tensor, dict[str, Any]]:

@@ -3,7 +3,7 @@
 Shapes: L lanes · M matrices · R ranks to choose from · S locations to choose from.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,12 @@ class AgentSpec:
     feature_names: tuple[str, ...]
     rank_set: tuple[int, ...]
     locations: tuple[str, ...]
-    rank_mask: Array
-    location_mask: Array
+    rank_mask: Array = field(repr=False)
+    location_mask: Array = field(repr=False)
     index_ranges: dict[str, tuple[int, int]]
     num_lanes: int
-    observation_space: spaces.Box
-    action_space: spaces.MultiDiscrete
+    observation_space: spaces.Box = field(repr=False)
+    action_space: spaces.MultiDiscrete = field(repr=False)
 
     @classmethod
     def from_env(cls, env: AnyEnv) -> "AgentSpec":
@@ -54,7 +54,7 @@ class AgentSpec:
         own_spaces = isinstance(observation_space, spaces.Box) and isinstance(action_space, spaces.MultiDiscrete)
         if missing or not own_spaces:
             raise LeLoRAError(f"{env} is not a LeLoRA environment (lacks {', '.join(missing) or 'its spaces'}): make "
-                              "one with gym.make('LeLoRA-v0') or gym.make_vec('LeLoRA-v0', ...), and leave its spaces alone")
+                              "one with gym.make or gym.make_vec of 'LeLoRA-v0', and leave its spaces alone")
         config = base.adapter_config
         num_ranks, num_locations = len(config.rank_set), len(config.locations)
         num_matrices = int(observation_space.shape[0])

@@ -131,7 +131,7 @@ def build_spectrum(
     """Decompose every matrix and split it into bank and residual.
 
     Args:
-        weights: Gives the stacked fp weights of a shape group and takes its residual back.
+        weights: Gives the stacked fp weights of a shape group.
         matrices: The M matrices.
         layout: Their rows.
         config: Parametrisation and scale.
@@ -186,7 +186,6 @@ def _split_group(
         spectrum.residual_norm2[matrix] = rest.square().sum()
         stacked[i] = rest.to(stacked.dtype)
     spectrum.residual.append(stacked)
-    weights.give(group, stacked)
 
 
 def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,10 +210,10 @@ def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[
 
 
 class WeightSource:
-    """Where the weights of a shape group come from and where their residuals go.
+    """Where the weights of a shape group come from; what is left of them lies in ``Spectrum.residual``.
 
-    This is the seam for residuals that live elsewhere (quantised, sharded): it hands out fp
-    weights once and stores what is left of them.
+    These two are the seam for residuals that live elsewhere (quantised, sharded): fp weights are
+    asked for once, group by group, and nothing else reads the pretrained model's matrices.
     """
 
     def __init__(self, modules: list[nn.Module], consume: list[bool]) -> None:
@@ -231,11 +230,8 @@ class WeightSource:
             module = self.modules[matrix]
             stacked[i] = linear_weight(module).detach()
             if self.consume[matrix]:
-                module.weight.data = stacked.new_empty(0)  # type: ignore[union-attr]
+                module.weight.data = stacked.new_empty(0)
         return stacked
-
-    def give(self, group: ShapeGroup, residual: Tensor) -> None:
-        """Store the finished residual, (G, O, I); by default the spectrum itself holds it."""
 
 
 class Bank:
@@ -275,9 +271,9 @@ class Bank:
         else:
             values = parameter.detach()[:, start : start + shape[0]]
             grads = parameter.grad[:, start : start + shape[0]]
-        values.requires_grad_(True)
-        values.grad = grads
-        return values
+        leaf: Tensor = values.requires_grad_(True)
+        leaf.grad = grads
+        return leaf
 
     def zero_grad(self) -> None:
         """Clear all gradients in place, so that the aliasing stays."""

@@ -101,7 +101,8 @@ class Batches:
         return len(self.batch_widths)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return generator(self.split_seed, Purpose.SCHEDULE, epoch).permutation(self.per_epoch)
+        order: np.ndarray = generator(self.split_seed, Purpose.SCHEDULE, epoch).permutation(self.per_epoch)
+        return order
 
     def width(self, step: int) -> int:
         """Tokens per row at optimiser step `step` of an episode, the same in every lane."""
@@ -136,7 +137,8 @@ class Batches:
             carry = pool[full:]
         if len(carry):
             batches.append(np.concatenate([carry, np.full(self.batch_size - len(carry), -1)]))
-        return np.concatenate(batches).reshape(-1, self.batch_size)[self._order(epoch)]
+        drawn: np.ndarray = np.concatenate(batches).reshape(-1, self.batch_size)[self._order(epoch)]
+        return drawn
 
     def gather(self, indices: np.ndarray, width: int) -> Batch:
         """Fetch a batch: indices (L, B) of row numbers, -1 for filling."""

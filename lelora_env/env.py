@@ -1,7 +1,8 @@
 """`LeLoRAEnv`: fine-tuning one model as a Gymnasium environment; the one-lane view of the vector one."""
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -33,7 +34,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     | ``layer`` | layer index, for an embedding | 0 .. layers-1 | the same |
     | ``type`` | index into ``lelora_env.MATRIX_TYPES`` | 0 .. 9 | the same |
     | ``norm`` | Frobenius norm of the *current* weight: ln(‖W‖/√m)/4 | [-2, 2] | ‖W‖ in [0, 1e6] |
-    | ``sv_0`` .. | *current* singular values, resampled evenly over the spectrum, head first: ln(σ·√m/‖W‖)/4 | [-2, 2] | σ in [0, 1e6] |
+    | ``sv_0`` .. | *current* singular values, resampled evenly, head first: ln(σ·√m/‖W‖)/4 | [-2, 2] | σ in [0, 1e6] |
     | ``progress`` | share of the horizon spent | [0, 1] | the same |
     | ``relative_depth`` | optional: layer / last layer | [0, 1] | the same |
     | ``grad_norm`` | optional: norm g of the bank's last gradient, ln(g)/4 | [-2, 2] | [0, 1e6] |
@@ -100,7 +101,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     * v0: first release.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
     spec = by_reference_spec()
 
     def __init__(
@@ -143,7 +144,9 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
         """The one-lane vector environment behind this one."""
         return self._lanes
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start a fine-tuning run; see the class. Returns the observation (M, F) and info."""
         super().reset(seed=seed)
         if seed is None and not self._lanes.seeded:
@@ -189,11 +192,9 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._lanes = self._lanes.fork()
-        twin.observation_space, twin.action_space = twin._lanes.single_observation_space, twin._lanes.single_action_space
-        if self._np_random is not None:
-            import copy
-
-            twin._np_random = copy.deepcopy(self._np_random)
+        twin.observation_space = twin._lanes.single_observation_space
+        twin.action_space = twin._lanes.single_action_space
+        twin._np_random = copy.deepcopy(self._np_random)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeLoRAEnv":

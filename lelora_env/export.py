@@ -79,7 +79,7 @@ def write_atomically(path: Path, write: Any) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         write(Path(temporary))
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError as error:
         raise LeLoRAError(f"cannot write {path}: {error.strerror or error}. Choose a folder with space that you may "
                           "write to.") from error

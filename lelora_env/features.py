@@ -109,12 +109,14 @@ def component_values(rows: dict[str, Tensor], spectrum: Spectrum, group: ShapeGr
     """
     left, right = factors(rows, group, spectrum.scale)
     if spectrum.parametrisation != "unit":
-        return left.norm(dim=-1) * right.norm(dim=-1)
+        norms: Tensor = left.norm(dim=-1) * right.norm(dim=-1)
+        return norms
     left0, right0 = factors(spectrum.reference, group, torch.ones_like(spectrum.scale))
     members = list(group.matrices)
     start = spectrum.singular_values[members][:, list(group.components)]  # (G, K)
     rest = start - spectrum.scale[members].unsqueeze(-1)
-    return (rest + (_gram(left0, left) * _gram(right0, right)).sum(-1)).abs()
+    values: Tensor = (rest + (_gram(left0, left) * _gram(right0, right)).sum(-1)).abs()
+    return values
 
 
 class Observer:

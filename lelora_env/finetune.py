@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.adapter import LaneContext, LaneLinear, LaneModel, SpectralLinear, add_dropout, replace_module
-from lelora_env.adapter import share_tensors
+from lelora_env.adapter import (
+    LaneContext,
+    LaneLinear,
+    LaneModel,
+    SpectralLinear,
+    add_dropout,
+    replace_module,
+    share_tensors,
+)
 from lelora_env.bank import HEAD, SIGMA, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
 from lelora_env.config import EnvConfig
@@ -73,7 +80,7 @@ def _backward(loss: Tensor) -> None:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 class FineTuner:

@@ -153,7 +153,9 @@ class CycleInstances(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
         self.position = -1
         self._envs: dict[str, gym.Env[np.ndarray, np.ndarray]] = {}
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode on the next instance.
 
         Raises:

@@ -186,7 +186,7 @@ class ModelSource:
             ModelError: The model cannot be loaded, holds numbers that are not finite, or lies on
                 another device than asked for.
         """
-        key = (head, num_labels, adapter, env.dtype, env.device)
+        key: tuple[Any, ...] = (head, num_labels, adapter, env.dtype, env.device)
         if self.module is not None:
             bases = _MODULE_BASES.setdefault(self.module, {})
             key = (*key, *(p._version for p in self.module.parameters()))

@@ -6,7 +6,6 @@ and orange, Tol's wine) stay apart for colour-blind readers at every depth; the 
 Shapes: T env steps · M matrices · R ranks · S locations.
 """
 
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator
 
+from lelora_env.config import AdapterConfig
+from lelora_env.export import write_atomically
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
 from lelora_env.runs import LaneTrace, RunRecord
 
@@ -262,17 +263,11 @@ def draw_run(run: RunRecord, path: Path | None = None) -> Figure:
         path: Where to save it; ``None`` = ``allocation.png`` in the run folder. The ending decides
             the format (png, svg, pdf).
     """
-    from lelora_env.config import AdapterConfig
-
     adapter = AdapterConfig(rank_set=tuple(run.config["rank_set"]), locations=tuple(run.config["locations"]))
     figure = allocation_figure(run.lanes, run.matrices, rank_set=adapter.rank_set, locations=adapter.location_names,
                                fractions=adapter.location_fractions, title=_title(run))
     target = path or run.path / "allocation.png"
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=target.suffix[1:], dpi=130)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(target)
+    write_atomically(target, lambda path: figure.savefig(path, format=target.suffix[1:], dpi=130))
     return figure
 
 

@@ -39,4 +39,5 @@ def divergence_penalty(worst: np.ndarray, steps_left: np.ndarray) -> np.ndarray:
         worst: (L,) worst finite reward of the episode so far.
         steps_left: (L,) env steps that were left, the diverging one included.
     """
-    return worst * steps_left - 1.0
+    penalty: np.ndarray = worst * steps_left - 1.0
+    return penalty

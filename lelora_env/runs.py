@@ -18,10 +18,11 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from lelora_env.errors import LeLoRAError
+from lelora_env.export import write_atomically
 from lelora_env.matrices import MatrixInfo
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -42,16 +44,6 @@ FORMAT = 1
 """Version of the folder's layout, in run.json."""
 
 _PACKAGES = ("lelora-env", "torch", "gymnasium", "stable-baselines3", "transformers", "datasets", "numpy")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
@@ -119,8 +111,8 @@ def check_writable(path: Path) -> None:
                               "Give a new path with --out, or remove the folder first.")
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / ".probe", "")
-        (path / ".probe").unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise LeLoRAError(f"the run folder {path} cannot be written to ({error.strerror or error}). "
                           "Give a path that you may write to with --out.") from error
@@ -132,7 +124,8 @@ def check_writable(path: Path) -> None:
 
 def default_folder(task: str, agent: str, base: Path = Path("runs")) -> Path:
     """A new path such as ``runs/2026-03-01_12-30-05_docstrings_reinforce``."""
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{task}_{agent}".replace("/", "-").replace(os.sep, "-")
+    slug = re.sub(r"[^\w.]+", "-", task)[-40:]
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{slug}_{agent}"
     path = base / name
     return next(p for p in (path, *(base / f"{name}_{i}" for i in range(2, 10_000))) if not p.exists())
 
@@ -174,7 +167,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file of the folder, atomically."""
-        write_atomic(self.path / name, to_json(value, indent=2) + "\n")
+        text = to_json(value, indent=2) + "\n"
+        write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, lane: str, env_step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics and send the same numbers to TensorBoard."""

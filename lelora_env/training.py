@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BUILT_IN = "built-in"
 """Name of the small model that the planted task brings with it."""
 
+DEMONSTRATION: dict[str, Any] = {"learning_rate": 2e-3, "head_learning_rate": 1e-2}
+"""Options for the task ``docstrings``, which is trained for 100 optimiser steps only; chosen on its tune split."""
+
 StepObserver = Callable[[int, dict[str, float]], None]
 """Called after every env step with its number, from 1, and each lane's loss on the reward batch."""
 
@@ -227,7 +230,7 @@ def make_lanes(settings: TrainSettings) -> Any:
         "lelora_env:LeLoRA-v0", num_envs=len(settings.lanes), vectorization_mode="vector_entry_point",
         autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task,
         model=None if settings.model == BUILT_IN else settings.model,
-        **{"common_random_numbers": True, **settings.options},
+        **{**(DEMONSTRATION if settings.task == "docstrings" else {}), "common_random_numbers": True, **settings.options},
     )
 
 

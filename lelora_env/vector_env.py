@@ -16,20 +16,13 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
-from lelora_env.allocation import (
-    Allocation,
-    action_masks,
-    allocated_ranks,
-    build_choice_table,
-    component_mask,
-    decode_action,
-)
+from lelora_env.accounting import Accountant, LaneClocks
+from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
 from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
-from lelora_env.features import Observer, change_norms, feature_table, spectrum_points
-from lelora_env.finetune import FineTuner, Progress
+from lelora_env.features import Observer, feature_table, spectrum_points
+from lelora_env.finetune import FineTuner
 from lelora_env.models import Base, ByReference, ModelSource, by_reference_spec
-from lelora_env.reward import divergence_penalty, reward_parts
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
 
@@ -45,7 +38,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     seed would see.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
     spec = by_reference_spec()
 
     def __init__(
@@ -146,7 +139,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     @property
     def seeded(self) -> bool:
         """Whether lane 0 has a seed: ``reset`` without one then moves on to the next episode."""
-        return self._tuner is not None and bool(self._lane_seeds[0] >= 0)
+        return self._tuner is not None and bool(self._clocks.seeds[0] >= 0)
 
     @property
     def tuner(self) -> FineTuner:
@@ -173,17 +166,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         lanes = self.num_envs
         self._tuner = FineTuner(self._base, self.task, self._splits, self.env_config, lanes)
         self._observer = Observer(self._base.spectrum, self.matrices, self.env_config)
-        self._lane_seeds = np.full(lanes, -1, dtype=np.int64)
-        self._episodes = np.zeros(lanes, dtype=np.int64)
-        self._env_steps = np.zeros(lanes, dtype=np.int64)
-        self._losses = np.zeros(lanes)
-        self._worst = np.zeros(lanes)
-        self._finished = np.ones(lanes, dtype=bool)
-        self._extras = {
-            name: torch.zeros(lanes, self.num_matrices, device=self._base.device) for name in ("grad_norm", "update_norm")
-        }
+        self._accountant = Accountant(self._tuner, self.table, self.adapter_config)
+        self._clocks = LaneClocks(lanes)
+        blank = torch.zeros(lanes, self.num_matrices, device=self._base.device)
+        self._extras = {"grad_norm": blank, "update_norm": blank.clone()}
 
-    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Infos]:
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, Infos]:
         """Start a new episode in all lanes, or in those of ``options["reset_mask"]``.
 
         Args:
@@ -224,23 +214,24 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         mask = (options or {}).get("reset_mask")
         if mask is None:
             return np.ones(self.num_envs, dtype=bool)
-        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+        fits = isinstance(mask, np.ndarray) and mask.shape == (self.num_envs,) and mask.dtype == np.bool_
+        if not fits or not mask.any():
             raise LeLoRAError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least "
                               f"one True (got {mask!r})")
-        return mask
+        return np.array(mask, dtype=bool)
 
     def _start_lane(self, lane: int, seed: int | None) -> None:
         if seed is not None:
-            self._lane_seeds[lane], self._episodes[lane] = seed, 0
-        elif self._lane_seeds[lane] < 0:
+            self._clocks.seeds[lane], self._clocks.episodes[lane] = seed, 0
+        elif self._clocks.seeds[lane] < 0:
             shared = self.env_config.common_random_numbers and lane > 0
-            self._lane_seeds[lane] = self._lane_seeds[0] if shared else int(self.np_random.integers(2**31))
-            self._episodes[lane] = 0
+            self._clocks.seeds[lane] = self._clocks.seeds[0] if shared else int(self.np_random.integers(2**31))
+            self._clocks.episodes[lane] = 0
         else:
-            self._episodes[lane] += 1
-        self.tuner.start(lane, int(self._lane_seeds[lane]), int(self._episodes[lane]))
-        self._env_steps[lane] = 0
-        self._finished[lane] = False
+            self._clocks.episodes[lane] += 1
+        self.tuner.start(lane, int(self._clocks.seeds[lane]), int(self._clocks.episodes[lane]))
+        self._clocks.env_steps[lane] = 0
+        self._clocks.finished[lane] = False
         for extra in self._extras.values():
             extra[lane] = 0
 
@@ -248,25 +239,33 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         losses = self.tuner.reward_loss().double().cpu().numpy()
         if not np.isfinite(losses[mask]).all():
             raise ModelError("the loss of the untrained model on the reward rows is not finite: the model holds NaN or "
-                             "infinite weights, or overflows in this dtype. Check the checkpoint, or use dtype='float32'.")
-        self._losses[mask] = losses[mask]
-        self._worst[mask] = -losses[mask]
+                             "infinite weights, or overflows in this dtype. Check the checkpoint, or use "
+                             "dtype='float32'.")
+        self._clocks.losses[mask] = losses[mask]
+        self._clocks.worst[mask] = -losses[mask]
+
+    def _clock_infos(self, mask: np.ndarray) -> Infos:
+        infos: Infos = {}
+        self._add(infos, "L1", np.where(mask, self._clocks.losses, 0.0), mask)
+        self._add(infos, "env_step", np.where(mask, self._clocks.env_steps, 0), mask)
+        self._add(infos, "optimiser_steps", np.where(mask, self.tuner.steps, 0), mask)
+        return infos
 
     def _reset_infos(self, mask: np.ndarray) -> Infos:
-        infos: Infos = {}
-        self._add(infos, "L1", np.where(mask, self._losses, 0.0), mask)
-        self._add(infos, "env_step", np.where(mask, self._env_steps, 0), mask)
-        self._add(infos, "optimiser_steps", np.where(mask, self.tuner.steps, 0), mask)
+        infos = self._clock_infos(mask)
         if self.instance is not None:
-            self._add(infos, "instance", np.array([self.instance if m else None for m in mask], dtype=object), mask)
+            self._add_instance(infos, mask)
         return infos
+
+    def _add_instance(self, infos: Infos, mask: np.ndarray) -> None:
+        self._add(infos, "instance", np.array([self.instance if m else None for m in mask], dtype=object), mask)
 
     @staticmethod
     def _add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
         infos[key], infos[f"_{key}"] = values, mask.copy()
 
     def _observe(self) -> np.ndarray:
-        progress = torch.from_numpy(self._env_steps / self.horizon).float().to(self.tuner.device)
+        progress = torch.from_numpy(self._clocks.env_steps / self.horizon).float().to(self.tuner.device)
         rows: dict[str, Tensor] = dict(self.tuner.bank.rows)
         with torch.no_grad():
             return self._observer.observe(rows, progress, self._extras).cpu().numpy()
@@ -286,9 +285,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             NotReadyError: Before ``reset``, or for a finished lane with autoreset disabled.
             ActionError: Wrong shape, type or range; nothing has changed.
         """
-        tuner = self.tuner
+        tuner, clocks = self.tuner, self._clocks
         allocation = decode_action(actions, self.num_envs, self.table)
-        resetting = self._finished.copy()
+        resetting = clocks.finished.copy()
         if resetting.any() and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             raise NotReadyError(f"lanes {np.flatnonzero(resetting).tolist()} have finished their episode: call "
                                 "reset(options={'reset_mask': ...}) before stepping them.")
@@ -298,88 +297,33 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         before = tuner.bank.copy_rows()
         progress = tuner.train(component_mask(allocation, self.table), running, self.env_config.steps_per_action)
         losses = tuner.reward_loss().double().cpu().numpy()
-        infos, rewards, diverged = self._account(allocation, progress, losses, before, running)
-        self._losses = np.where(running & ~diverged | resetting, losses, self._losses)
-        self._worst = np.where(resetting, -losses, self._worst)
-        self._env_steps += running
-        terminated = running & (diverged | (self._env_steps >= self.horizon))
-        limit = self.max_episode_steps
-        truncated = running & ~terminated & (limit is not None and self._env_steps >= limit)
-        self._finished = terminated | truncated
-        self._add(infos, "L1", self._losses.copy(), np.ones_like(running))
-        self._add(infos, "env_step", self._env_steps.copy(), np.ones_like(running))
-        self._add(infos, "optimiser_steps", tuner.steps.copy(), np.ones_like(running))
-        observations = self._observe()
-        if self._finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
-            observations, infos = self._reset_in_place(observations, infos)
-        return observations, rewards, terminated, truncated, infos
-
-    def _account(
-        self, allocation: Allocation, progress: Progress, losses: np.ndarray, before: dict[str, Tensor], running: np.ndarray
-    ) -> tuple[Infos, np.ndarray, np.ndarray]:
-        """Rewards and infos of a step; returns infos, rewards (L,) and which lanes diverged (L,)."""
-        config, tuner = self.env_config, self.tuner
-        train_loss = progress.train_loss.double().cpu().numpy()
-        finite = np.isfinite(losses) & np.isfinite(train_loss) & tuner.finite_lanes()
-        diverged = running & ~finite
-        ranks = allocated_ranks(allocation, self.table)
-        trained = self._trained_parameters(ranks)
-        fraction = trained / self._adaptable
-        parts = reward_parts(np.where(diverged, 0.0, losses), np.where(diverged, 0.0, self._losses), fraction,
-                             config.alpha, config.rank_cost)
-        rewards = np.sum(list(parts.values()), axis=0)
-        self._worst = np.where(running & ~diverged, np.minimum(self._worst, rewards), self._worst)
-        penalty = divergence_penalty(self._worst, self.horizon - self._env_steps)
-        for name in parts:
-            parts[name] = np.where(diverged, penalty if name == "reward_divergence" else 0.0, parts[name])
-        rewards = np.where(diverged, penalty, rewards)
-        values = {
-            "L2": np.where(diverged, 0.0, losses - self._losses),
-            "train_loss": np.nan_to_num(train_loss, nan=np.inf),
-            "trained_parameters": trained,
-            "trained_fraction": fraction,
-            "mean_rank": ranks.double().mean(1).numpy(),
-            **self._norms(allocation, before, progress),
-            "learning_rate": progress.learning_rate.double().cpu().numpy(),
-            "diverged": diverged,
-            **parts,
-        }
+        account = self._accountant.account(allocation, progress, losses, before, clocks, running)
+        self._set_extras(account.update_norms)
+        clocks.losses = np.where(running & ~account.diverged | resetting, losses, clocks.losses)
+        clocks.worst = np.where(resetting, -losses, clocks.worst)
+        clocks.env_steps += running
         infos: Infos = {}
-        for key, value in values.items():
+        for key, value in account.values.items():
             self._add(infos, key, np.where(running, value, np.zeros_like(value)), running)
-        return infos, np.where(running, rewards, 0.0), diverged
+        infos |= self._clock_infos(np.ones_like(running))
+        if resetting.any() and self.instance is not None:
+            self._add_instance(infos, resetting)
+        terminated = running & (account.diverged | (clocks.env_steps >= self.horizon))
+        limit = self.max_episode_steps
+        truncated = running & ~terminated & (limit is not None and clocks.env_steps >= limit)
+        clocks.finished = terminated | truncated
+        observations = self._observe()
+        if clocks.finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
+            observations, infos = self._reset_in_place(observations, infos)
+        return observations, account.rewards, terminated, truncated, infos
 
-    def _trained_parameters(self, ranks: Tensor) -> np.ndarray:
-        """Numbers that each lane's action trains, heads not counted: Σ r·(out + in [+ 1 for σ])."""
-        extra = 1 if self.adapter_config.parametrisation == "usv" else 0
-        sizes = torch.tensor([m.out_features + m.in_features + extra for m in self.matrices])
-        return (ranks * sizes).sum(1).double().numpy()
-
-    @property
-    def _adaptable(self) -> float:
-        return float(sum(m.out_features * m.in_features for m in self.matrices))
-
-    def _norms(self, allocation: Allocation, before: dict[str, Tensor], progress: Progress) -> dict[str, np.ndarray]:
-        """‖ΔW‖ of this step by chosen location, of the run so far, and the gradient's norm."""
-        tuner = self.tuner
-        with torch.no_grad():
-            rows: dict[str, Tensor] = dict(tuner.bank.rows)
-            step = change_norms(rows, before, tuner.base.spectrum)  # (L, M)
-            total = change_norms(rows, tuner.base.spectrum.reference, tuner.base.spectrum)
-            if self.env_config.extra_features:
-                self._extras = {"update_norm": step, "grad_norm": tuner.matrix_grad_norms()}
-        square = step.double().cpu().square()
-        norms = {}
-        for index, name in enumerate(self.adapter_config.location_names):
-            chosen = allocation.location_index == index
-            norms[f"update_norm_{name}"] = (square * chosen).sum(1).sqrt().numpy()
-        norms["delta_norm"] = total.double().square().sum(1).sqrt().cpu().numpy()
-        norms["grad_norm"] = progress.grad_norm.double().cpu().numpy()
-        return {key: np.nan_to_num(value, nan=np.inf) for key, value in norms.items()}
+    def _set_extras(self, update_norms: Tensor) -> None:
+        if self.env_config.extra_features:
+            self._extras = {"update_norm": update_norms, "grad_norm": self.tuner.matrix_grad_norms()}
 
     def _reset_in_place(self, observations: np.ndarray, infos: Infos) -> tuple[np.ndarray, Infos]:
         """SAME_STEP: hand out the last observation and info of finished lanes, then start them anew."""
-        done = self._finished.copy()
+        done = self._clocks.finished.copy()
         final_obs = np.full(self.num_envs, None, dtype=object)
         for lane in np.flatnonzero(done):
             final_obs[lane] = observations[lane].copy()
@@ -409,10 +353,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def get_state(self, lane: int = 0) -> dict[str, Tensor]:
         """A copy of everything that one lane owns, as plain tensors by name."""
         state = self.tuner.get_state(lane)
-        state["env.clock"] = torch.tensor(
-            [self._lane_seeds[lane], self._episodes[lane], self._env_steps[lane], self._finished[lane]]
-        )
-        state["env.losses"] = torch.tensor([self._losses[lane], self._worst[lane]], dtype=torch.float64)
+        state |= self._clocks.get(lane)
         for name, value in self._extras.items():
             state[f"env.{name}"] = value[lane].clone()
         return state
@@ -430,10 +371,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         targets = range(self.num_envs) if lanes is None else [lanes] if isinstance(lanes, int) else lanes
         for lane in targets:
             self.tuner.set_state(lane, state)
-            clock = [int(x) for x in state["env.clock"]]
-            self._lane_seeds[lane], self._episodes[lane], self._env_steps[lane] = clock[:3]
-            self._finished[lane] = bool(clock[3])
-            self._losses[lane], self._worst[lane] = (float(x) for x in state["env.losses"])
+            self._clocks.set(lane, state)
             for name, value in self._extras.items():
                 value[lane] = state[f"env.{name}"]
 
@@ -443,7 +381,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         twin.__dict__.update(self.__dict__)
         twin.metadata = dict(self.metadata)
         twin._np_random = copy.deepcopy(self._np_random)
-        twin.observation_space, twin.action_space = copy.deepcopy(self.observation_space), copy.deepcopy(self.action_space)
+        twin.observation_space = copy.deepcopy(self.observation_space)
+        twin.action_space = copy.deepcopy(self.action_space)
         if self._tuner is not None:
             twin._base, twin._splits, twin._tuner = self._tuner.base, self._tuner.splits, None
             twin._build()

@@ -1,4 +1,4 @@
-"""The protocol, the loop, the network and the controls."""
+"""The protocol, the loop, and every agent on the real environment."""
 
 import io
 from collections.abc import Callable
@@ -10,20 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from scipy import stats
 
-from agents import (
-    AGENT_NAMES,
-    ActionDistribution,
-    Agent,
-    AgentSpec,
-    FixedAllocation,
-    PerMatrixPolicy,
-    RandomAllocation,
-    Transition,
-    make_agent,
-    run,
-)
+from agents import AGENT_NAMES, Agent, AgentSpec, Transition, make_agent, run
+from lelora_env import LeLoRAVectorEnv
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from tests.toy_env import Array, ToyEnv, ToyVectorEnv
 
@@ -128,7 +117,7 @@ def test_the_loop_leaves_the_last_episode_unreset(mode: AutoresetMode) -> None:
 
 
 @pytest.mark.parametrize("limits", [{}, {"episodes": 0}, {"env_steps": 0}])
-def test_run_wants_a_limit(limits: dict[str, int]) -> None:
+def test_run_wants_a_limit(limits: dict[str, Any]) -> None:
     with pytest.raises(LeLoRAError, match="at least 1"):
         run(ToyEnv(), Recorder(6), **limits)
 
@@ -180,192 +169,6 @@ def test_spec_reads_through_wrappers() -> None:
     assert spec.index_ranges == {"layer": (0, 2), "type": (0, 1)}
 
 
-# --- the network and its distribution -------------------------------------------------------------------------------
-
-
-def _distribution(seed: int, **options: Any) -> ActionDistribution:
-    generator = torch.Generator().manual_seed(seed)
-    rank, location = (torch.randn(2, 5, n, generator=generator, dtype=torch.float64) for n in (4, 3))
-    return ActionDistribution.from_logits(rank, location, **options)
-
-
-def _choices() -> torch.Tensor:
-    return torch.cartesian_prod(torch.arange(4), torch.arange(3))  # (12, 2)
-
-
-def test_log_prob_and_entropy_agree_with_torch_categorical() -> None:
-    distribution = _distribution(0)
-    rank = torch.distributions.Categorical(logits=distribution.rank_log_probs)
-    location = torch.distributions.Categorical(logits=distribution.location_log_probs)
-    choice = distribution.sample(torch.Generator().manual_seed(0))
-    assert choice.shape == (2, 5, 2)
-    expected = rank.log_prob(choice[..., 0]) + location.log_prob(choice[..., 1])
-    torch.testing.assert_close(distribution.log_prob(choice), expected)
-    torch.testing.assert_close(distribution.entropy(), rank.entropy() + location.entropy())
-
-
-def test_rank_zero_rule_makes_one_outcome_of_rank_zero() -> None:
-    """With the rule the outcomes are {0} and (r > 0, s): 1 + 3·3, whose probabilities sum to 1."""
-    distribution = _distribution(1, zero_rank=0)
-    log_prob = torch.stack([distribution.log_prob(c.expand(2, 5, 2)) for c in _choices()], dim=-1)  # (L, M, 12)
-    zero, rest = log_prob[..., :3], log_prob[..., 3:]
-    torch.testing.assert_close(zero[..., 0], zero[..., 2])
-    outcomes = torch.cat([zero[..., :1], rest], dim=-1)
-    torch.testing.assert_close(outcomes.exp().sum(-1), torch.ones(2, 5, dtype=torch.float64))
-    torch.testing.assert_close(distribution.entropy(), -(outcomes.exp() * outcomes).sum(-1))
-
-
-def test_masked_choices_have_no_probability_and_finite_gradients() -> None:
-    mask = torch.tensor([[True, True, False, False]]).expand(5, 4)
-    rank = torch.randn(2, 5, 4, requires_grad=True)
-    distribution = ActionDistribution.from_logits(rank, torch.zeros(2, 5, 3), rank_mask=mask)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([distribution.sample(generator) for _ in range(200)])
-    assert set(drawn[..., 0].unique().tolist()) == {0, 1}
-    assert (distribution.mode()[..., 0] <= 1).all()
-    assert (distribution.rank_log_probs.exp()[..., 2:] == 0).all()
-    two = torch.distributions.Categorical(logits=rank[..., :2]).entropy() + np.log(3)
-    torch.testing.assert_close(distribution.entropy(), two)
-    (distribution.entropy().sum() + distribution.log_prob(drawn[0]).sum()).backward()  # type: ignore[no-untyped-call]
-    assert rank.grad is not None
-    assert torch.isfinite(rank.grad).all()
-    assert (rank.grad[..., 2:] == 0).all()
-
-
-def test_samples_follow_the_probabilities() -> None:
-    distribution = _distribution(2)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([distribution.sample(generator) for _ in range(4000)])[:, 0, 0]  # (4000, 2)
-    for column, log_probs in enumerate((distribution.rank_log_probs, distribution.location_log_probs)):
-        expected = log_probs[0, 0].exp().numpy() * 4000
-        observed = np.bincount(draws[:, column].numpy(), minlength=len(expected))
-        assert stats.chisquare(observed, expected).pvalue > 1e-3
-
-
-def test_non_finite_logits_are_an_error() -> None:
-    with pytest.raises(LeLoRAError, match="not finite"):
-        ActionDistribution.from_logits(torch.full((1, 2, 4), torch.nan), torch.zeros(1, 2, 3))
-
-
-def test_the_network_shares_its_weights_across_matrices_and_lanes() -> None:
-    """Permuting the matrices permutes the logits; any number of matrices works; a lane alone gives the same."""
-    env = ToyVectorEnv(3, num_matrices=8)
-    policy = PerMatrixPolicy(AgentSpec.from_env(env), hidden=(32, 16), embedding=5)
-    observation = torch.as_tensor(env.reset()[0])
-    rank, location = policy(observation)
-    assert (rank.shape, location.shape) == ((3, 8, 4), (3, 8, 3))
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(policy(observation[:, order])[0], rank[:, order])
-    torch.testing.assert_close(policy(observation[1:2, :3])[1], location[1:2, :3])
-    assert rank[0].std(dim=0).min() > 0
-
-
-def test_the_papers_network() -> None:
-    """Sizes by hand from Appendix B: 200 + 200 + 1 + S inputs, hidden 1024, 256, 64, two heads."""
-    env = ToyEnv(num_matrices=6)
-    policy = PerMatrixPolicy(AgentSpec.from_env(env), seed=3)
-    inputs = 200 + 200 + 1 + 4
-    mlp = (inputs + 1) * 1024 + 1025 * 256 + 257 * 64
-    assert sum(p.numel() for p in policy.parameters()) == mlp + 65 * 4 + 65 * 3 + (3 + 2) * 200
-    for parameter in policy.parameters():
-        if parameter.dim() == 1:
-            assert (parameter == 0).all()
-        else:
-            bound = np.sqrt(6 / parameter.shape[1])  # Kaiming-uniform: sqrt(2)·sqrt(3 / fan_in)
-            assert 0.9 * bound < parameter.abs().max().item() <= bound * (1 + 1e-6)
-    observation = torch.as_tensor(env.reset(seed=0)[0][None])
-    changed = observation.clone()
-    changed[..., -1] = 1.0  # progress is not read
-    torch.testing.assert_close(policy(changed)[0], policy(observation)[0], rtol=0, atol=0)
-    changed[..., 2] += 1.0  # the norm is
-    assert not torch.equal(policy(changed)[0], policy(observation)[0])
-
-
-def test_the_network_is_seeded_and_leaves_the_global_generators_alone() -> None:
-    spec = AgentSpec.from_env(ToyEnv())
-    torch.manual_seed(5)
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
-    agents = [make_agent(name, ToyEnv(), seed=1) for name in AGENT_NAMES]
-    for agent in agents:
-        run(ToyEnv(), agent, env_steps=6, seed=0)
-    assert torch.equal(before, torch.get_rng_state())
-    np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index]  # noqa: NPY002
-    weights = [PerMatrixPolicy(spec, hidden=(8,), embedding=2, seed=s).rank_head.weight for s in (0, 0, 1)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_unknown_columns_and_layers_are_refused() -> None:
-    spec = AgentSpec.from_env(ToyEnv())
-    with pytest.raises(UnknownNameError, match="sv_0"):
-        PerMatrixPolicy(spec, columns=("sv_00",))
-    policy = PerMatrixPolicy(spec, hidden=(8,))
-    observation = torch.as_tensor(ToyEnv(num_matrices=20).reset()[0][None])
-    with pytest.raises(LeLoRAError, match="layer indices from 0 to 2"):
-        policy(observation)
-
-
-# --- controls -------------------------------------------------------------------------------------------------------
-
-
-def test_random_is_uniform_over_legal_choices() -> None:
-    env = ToyVectorEnv(500, num_matrices=4, small_matrices=2)
-    agent = RandomAllocation(AgentSpec.from_env(env), seed=7)
-    observation = np.zeros((500, 4, 8), dtype=np.float32)
-    drawn = np.concatenate([agent.act(observation) for _ in range(6)]).reshape(-1, 4, 2)
-    assert drawn.dtype == np.int64
-    for matrix in range(4):
-        legal = 3 if matrix < 2 else 4
-        ranks = np.bincount(drawn[:, matrix, 0], minlength=4)
-        assert ranks[legal:].sum() == 0
-        assert stats.chisquare(ranks[:legal]).pvalue > 1e-3
-        assert stats.chisquare(np.bincount(drawn[:, matrix, 1], minlength=3)).pvalue > 1e-3
-    table = stats.contingency.crosstab(drawn[:, 2, 0], drawn[:, 3, 0])[1]
-    assert stats.chi2_contingency(table).pvalue > 1e-3  # matrices are drawn independently
-
-
-def test_random_draws_anew_and_its_state_continues_the_draws() -> None:
-    spec = AgentSpec.from_env(ToyEnv())
-    agent, other = RandomAllocation(spec, seed=0), RandomAllocation(spec, seed=1)
-    observation = np.zeros((2, 6, 8), dtype=np.float32)
-    first = agent.act(observation)
-    assert not np.array_equal(first, other.act(observation))
-    other.load_state_dict(agent.state_dict())
-    again = agent.act(observation)
-    assert not np.array_equal(first, again)
-    np.testing.assert_array_equal(again, other.act(observation))
-
-
-@pytest.mark.parametrize(("options", "expected"), [
-    ({}, [2, 0, 3, 0, 3, 0]),  # the largest rank, clipped where it is illegal, at the first location
-    ({"rank": 4, "location": "minor"}, [2, 2] * 3),
-    ({"rank": 0}, [0, 0] * 3),
-    ({"allocation": [(0, "minor"), (8, "medium"), (2, "primary")]}, [0, 2, 3, 1, 1, 0]),
-])
-def test_fixed_does_what_it_says(options: dict[str, Any], expected: list[int]) -> None:
-    agent = make_agent("fixed", ToyEnv(num_matrices=3, small_matrices=1), **options)
-    for lanes in (1, 4):
-        action = agent.act(np.zeros((lanes, 3, 8), dtype=np.float32))
-        np.testing.assert_array_equal(action, [expected] * lanes)
-        assert action.dtype == np.int64
-    twin = FixedAllocation(AgentSpec.from_env(ToyEnv(num_matrices=3)), rank=0)
-    twin.load_state_dict(agent.state_dict())
-    np.testing.assert_array_equal(twin.action, expected)
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"rank": 3}, "rank set"),
-    ({"location": "major"}, "Known: medium, minor, primary"),
-    ({"location": 0.25}, "unknown location"),
-    ({"allocation": [(8, "minor")]}, "each of the 3 matrices"),
-    ({"allocation": [(8, "minor")] * 3}, "not legal for matrix 0"),
-    ({"allocation": [(2, "minor")] * 3, "rank": 2}, "not both"),
-])
-def test_fixed_refuses_what_cannot_be_chosen(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(LeLoRAError, match=message):
-        make_agent("fixed", ToyEnv(num_matrices=3, small_matrices=1), **options)
-
-
 def test_states_of_other_agents_are_refused() -> None:
     agents = [make_agent(name, ToyEnv()) for name in AGENT_NAMES]
     for agent in agents:
@@ -373,3 +176,35 @@ def test_states_of_other_agents_are_refused() -> None:
             if agent is not other:
                 with pytest.raises(LeLoRAError, match="expected the state of a"):
                     agent.load_state_dict(other.state_dict())
+
+
+# --- the real environment -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AGENT_NAMES)
+def test_every_agent_fine_tunes_on_the_built_in_instance(name: str) -> None:
+    env = gym.make("LeLoRA-v0", horizon=3)
+    agent = make_agent(name, env, seed=0)
+    seen: list[Transition] = []
+    history = run(env, agent, episodes=2, seed=0, on_step=lambda t, s, n: seen.append(t))
+    assert [(e.length, e.terminated) for e in history.episodes] == [(3, True)] * 2
+    for transition in seen:
+        parts = ("reward_l1", "reward_l2", "reward_rank_cost")
+        assert transition.reward[0] == pytest.approx(sum(float(transition.info[part][0]) for part in parts))
+        assert env.action_space.contains(transition.action[0])
+    unwrapped: Any = env.unwrapped
+    assert seen[-1].info["env_step"][0] == 3
+    assert np.isfinite(unwrapped.evaluate()["loss"])  # the last run is still there to be scored
+
+
+def test_reinforce_on_real_lanes_is_the_same_in_every_autoreset_mode() -> None:
+    seen: list[list[Transition]] = []
+    for mode in ALL_MODES:
+        env = LeLoRAVectorEnv(2, horizon=2, autoreset_mode=mode)
+        log: list[Transition] = []
+        agent = make_agent("reinforce", env, seed=0, hidden=(16,))
+        run(env, agent, env_steps=5, seed=0, on_step=lambda t, s, n, log=log: log.append(t))  # type: ignore[misc]
+        seen.append(log)
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            _assert_same(a, b)

@@ -204,6 +204,20 @@ def test_plain_modules_and_their_names() -> None:
     assert head_modules(Net()) == ["classifier"]
 
 
+def test_output_embedding_of_any_name_is_left_out() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(8, 8)
+            self.readout = nn.Linear(8, 64)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.readout
+
+    assert [x.name for x in find_matrices(Net(), "all-linear")] == ["body"]
+    assert head_modules(Net()) == []
+
+
 def test_meta_device_gives_the_same_answer() -> None:
     with torch.device("meta"):
         meta = tiny_model("gpt2", "causal-lm")

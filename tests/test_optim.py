@@ -130,13 +130,14 @@ def _everything(optimiser: MaskedAdamW, param: nn.Parameter) -> list[Tensor]:
 
 
 def test_masked_rows_keep_even_nan_and_ignore_their_gradient() -> None:
-    param = nn.Parameter(torch.tensor([[[float("nan")], [1.0]]]))
-    param.grad = torch.tensor([[[float("inf")], [2.0]]])
+    param = nn.Parameter(torch.tensor([[[float("nan")], [1.0], [7.0]]]))
+    param.grad = torch.tensor([[[float("inf")], [2.0], [float("nan")]]])
     optimiser = MaskedAdamW([param], lr=0.5, weight_decay=0.1)
-    optimiser.set_masks([torch.tensor([[False, True]])])
+    optimiser.set_masks([torch.tensor([[False, True, False]])])
     assert optimiser.clip_lanes(None).tolist() == [2.0]
     optimiser.step()
     assert param[0, 0].isnan()
+    assert param[0, 2] == 7
     assert optimiser.state[param]["exp_avg"][0, 0] == 0
     assert param[0, 1].item() == pytest.approx(1 - 0.5 * 0.1 - 0.5)
 

@@ -219,7 +219,8 @@ def test_state_dict_continues_the_curve_bitwise_in_mid_run() -> None:
     state = agent.state_dict()
     kept = copy.deepcopy(state)
     first = run(env, agent, env_steps=9, seed=0)
-    assert torch.equal(state["policy"]["rank_head.weight"], kept["policy"]["rank_head.weight"])  # a snapshot, not a view
+    name = "rank_head.weight"
+    assert torch.equal(state["policy"][name], kept["policy"][name])  # a snapshot, not a view
     other = make_agent("reinforce", env, seed=99)
     other.load_state_dict(state)
     second = run(env, other, env_steps=9, seed=0)

@@ -114,6 +114,8 @@ def test_sign_rule_holds_and_ignores_the_sign_of_ties(shape: tuple[int, int]) ->
     tied = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5 @ torch.diag(torch.tensor([2.0, 1.0])) @ torch.tensor(
         [[-1.0, 1.0], [1.0, 1.0]]) / 2**0.5
     assert (decompose([tied], [0, 1]).V[0, :, 0] > 0).all()
+    nearly = torch.tensor([[-1.0, 1.0 + 1e-9], [0.0, 0.0]], dtype=torch.float64)
+    assert decompose([nearly], [0]).V[0, 0, 0] > 0
 
 
 def test_result_depends_on_neither_chunk_nor_neighbours_nor_order() -> None:

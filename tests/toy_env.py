@@ -22,7 +22,7 @@ SPECTRUM = 4
 class ToyVectorEnv(VectorEnv[Array, Array, Array]):
     """L lanes; lane i ends its episodes after ``horizons[i]`` env steps."""
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as Gymnasium declares it
 
     def __init__(self, num_envs: int = 1, *, num_matrices: int = 6, horizons: int | list[int] = 8,
                  autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP, truncates: bool = False,
@@ -114,7 +114,7 @@ class ToyVectorEnv(VectorEnv[Array, Array, Array]):
 class ToyEnv(gym.Env[Array, Array]):
     """The one-lane view of `ToyVectorEnv`."""
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as Gymnasium declares it
 
     def __init__(self, **options: Any) -> None:
         self.lane = ToyVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options)

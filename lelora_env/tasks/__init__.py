@@ -29,7 +29,7 @@ _BUILDERS: dict[str, tuple[str, str]] = {
     "ultrafeedback": ("chat", "ultrafeedback_task"),
     **dict.fromkeys(_TEXT, ("glue", "glue_task")),
     **dict.fromkeys(_CHOICE, ("choice", "choice_task")),
-    **dict.fromkeys(_MATH, ("math", "math_task")),
+    **dict.fromkeys(_MATH, ("maths", "math_task")),
 }
 """Name → module of this package and the function or class in it."""
 
@@ -68,8 +68,8 @@ def make_task(spec: "str | Mapping[str, Any] | Task | None" = None, **options: A
             raise DataError(f"task must be a name, a mapping or an object with the methods of Task (got "
                             f"{type(spec).__name__}); a dataset of your own goes into DatasetTask")
         if options:
-            raise DataError(f"the options {', '.join(sorted(options))} cannot be applied to a task that is already made; "
-                            "give them where the task is made")
+            raise DataError(f"the options {', '.join(sorted(options))} cannot be applied to a task that is already "
+                            "made; give them where the task is made")
         return spec
     name, _, data = (spec or "planted").partition(":")
     if data and "data" in options:
@@ -99,14 +99,21 @@ def _build(name: str, options: dict[str, Any]) -> Task:
 
 
 def _options(builder: Callable[..., Task], module: str) -> set[str]:
-    """Names of all options of a builder, also of those that it passes on to `TextClassification`."""
+    """Names of all options of a builder, also of those that it passes on."""
     parameters = inspect.signature(builder).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        passed_on = "classification" if module in ("glue", "docstrings") else "instruction"
-        target = getattr(import_module(f"lelora_env.tasks.{passed_on}"), _TARGETS[passed_on])
-        known |= set(inspect.signature(target).parameters)
-    return known
+        passed_on, target = _PASSED_ON.get(module, ("instruction", "CausalTask"))
+        known |= set(inspect.signature(getattr(import_module(f"lelora_env.tasks.{passed_on}"), target)).parameters)
+    return known - _INTERNAL
 
 
-_TARGETS = {"classification": "TextClassification", "instruction": "CausalTask"}
+_PASSED_ON = {
+    "glue": ("classification", "TextClassification"),
+    "docstrings": ("classification", "TextClassification"),
+    "choice": ("choice", "ChoiceTask"),
+}
+"""Module → the class that its functions pass further options on to."""
+
+_INTERNAL = {"formatter", "options", "column_candidates"}
+"""Parameters that are not for users."""

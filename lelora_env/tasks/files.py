@@ -1,6 +1,6 @@
-"""Raw rows, from the Hugging Face hub or from local files, through one code path.
+r"""Raw rows, from the Hugging Face hub or from local files, through one code path.
 
-Everything goes through ``datasets.load_dataset``, which cuts JSONL at ``\\n`` only: texts that hold
+Everything goes through ``datasets.load_dataset``, which cuts JSONL at ``\n`` only: texts that hold
 other Unicode line breaks (U+2028, U+0085, ...) stay whole.
 """
 

@@ -240,7 +240,7 @@ class PlantedTask:
             y = y + spread * torch.from_numpy(rng.standard_normal(tuple(y.shape))).float()
             parts[name] = {"x": x, "y": y, "signal": torch.full((count,), signal)}
         sources = {name: [f"{name}:{i}" for i in range(count)] for name, count in sizes.items()}
-        return Splits(**parts, sources=sources)
+        return Splits(parts["train"], parts["reward"], parts["tune"], parts["eval"], sources=sources)
 
     def loss(self, logits: Tensor, batch: Rows) -> tuple[Tensor, Tensor]:
         """Squared error over the planted signal: 1 + noise² at the start, noise² at the optimum."""

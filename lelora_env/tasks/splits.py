@@ -35,10 +35,19 @@ class RowPlan:
         rows: np.ndarray = getattr(self, name)
         return rows
 
-    def sources(self, eval_name: str = "validation") -> dict[str, list[str]]:
-        """Where each row comes from, e.g. ``"train:17"``; official held-out rows are ``"<eval_name>:3"``."""
-        names = {"train": "train", "reward": "train", "tune": "train", "eval": "train" if self.held_out else eval_name}
-        return {split: [f"{name}:{i}" for i in self[split]] for split, name in names.items()}
+    def sources(self, eval_name: str = "validation", train_index: np.ndarray | None = None) -> dict[str, list[str]]:
+        """Where each row comes from, e.g. ``"train:17"``; official held-out rows are ``"<eval_name>:3"``.
+
+        Args:
+            eval_name: The name of the official held-out data.
+            train_index: The number of each row in the raw training data, if only a part was split.
+        """
+        found = {}
+        for split in ("train", "reward", "tune", "eval"):
+            official = split == "eval" and not self.held_out
+            rows = self[split] if official or train_index is None else train_index[self[split]]
+            found[split] = [f"{eval_name if official else 'train'}:{i}" for i in rows]
+        return found
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:

@@ -1,0 +1,142 @@
+"""What an env step is worth and what is said about it: rewards, divergence, info values.
+
+Shapes: L lanes · M matrices.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lelora_env.allocation import Allocation, ChoiceTable, allocated_ranks
+from lelora_env.config import AdapterConfig
+from lelora_env.features import change_norms
+from lelora_env.finetune import FineTuner, Progress
+from lelora_env.reward import divergence_penalty, reward_parts
+
+
+class LaneClocks:
+    """Where every lane stands in its episode. All arrays are (L,).
+
+    Attributes:
+        seeds: Seed of each lane, -1 before its first.
+        episodes: Episodes since that seed was given.
+        env_steps: Env steps in the episode.
+        losses: L1 after the last env step (or at the start).
+        worst: Worst finite reward of the episode.
+        finished: Lanes whose episode is over.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        """All lanes unseeded and finished."""
+        self.seeds = np.full(lanes, -1, dtype=np.int64)
+        self.episodes = np.zeros(lanes, dtype=np.int64)
+        self.env_steps = np.zeros(lanes, dtype=np.int64)
+        self.losses = np.zeros(lanes)
+        self.worst = np.zeros(lanes)
+        self.finished = np.ones(lanes, dtype=bool)
+
+    def get(self, lane: int) -> dict[str, Tensor]:
+        """One lane's clock as tensors by name."""
+        whole = [self.seeds[lane], self.episodes[lane], self.env_steps[lane], self.finished[lane]]
+        return {
+            "env.clock": torch.tensor([int(x) for x in whole]),
+            "env.losses": torch.tensor([self.losses[lane], self.worst[lane]], dtype=torch.float64),
+        }
+
+    def set(self, lane: int, state: dict[str, Tensor]) -> None:
+        """Set one lane's clock from `get`."""
+        seed, episode, env_step, finished = (int(x) for x in state["env.clock"])
+        self.seeds[lane], self.episodes[lane], self.env_steps[lane] = seed, episode, env_step
+        self.finished[lane] = bool(finished)
+        self.losses[lane], self.worst[lane] = (float(x) for x in state["env.losses"])
+
+
+@dataclass(frozen=True)
+class Account:
+    """The outcome of an env step.
+
+    Attributes:
+        rewards: (L,) rewards; 0 for lanes that did not run.
+        diverged: (L,) bool: lanes whose loss or weights are no longer finite.
+        values: Info values by name, each (L,).
+        update_norms: (L, M) ‖ΔW‖ of this step.
+    """
+
+    rewards: np.ndarray
+    diverged: np.ndarray
+    values: dict[str, np.ndarray]
+    update_norms: Tensor
+
+
+class Accountant:
+    """Draws up the account of every env step."""
+
+    def __init__(self, tuner: FineTuner, table: ChoiceTable, adapter: AdapterConfig) -> None:
+        """Remember what does not change."""
+        self.tuner, self.table, self.adapter, self.config = tuner, table, adapter, tuner.config
+        extra = 1 if adapter.parametrisation == "usv" else 0
+        matrices = tuner.base.matrices
+        self.sizes = torch.tensor([m.out_features + m.in_features + extra for m in matrices])
+        self.adaptable = float(sum(m.out_features * m.in_features for m in matrices))
+
+    def account(
+        self, allocation: Allocation, progress: Progress, losses: np.ndarray, before: dict[str, Tensor],
+        clocks: LaneClocks, running: np.ndarray,
+    ) -> Account:
+        """Reward a step and describe it; updates ``clocks.worst`` of the lanes that ran.
+
+        Args:
+            allocation: What was chosen.
+            progress: What the optimiser did.
+            losses: (L,) L1 after the step.
+            before: Bank rows before the step.
+            clocks: Where the lanes stood before the step.
+            running: (L,) bool: lanes that took the step.
+        """
+        train_loss = progress.train_loss.double().cpu().numpy()
+        finite = np.isfinite(losses) & np.isfinite(train_loss) & self.tuner.finite_lanes()
+        diverged = running & ~finite
+        kept = np.where(diverged, clocks.losses, losses)
+        ranks = allocated_ranks(allocation, self.table)
+        trained = (ranks * self.sizes).sum(1).double().numpy()
+        config = self.config
+        parts = reward_parts(kept, clocks.losses, trained / self.adaptable, config.alpha, config.rank_cost)
+        rewards = sum(parts.values(), np.zeros(len(losses)))
+        clocks.worst = np.where(running & ~diverged, np.minimum(clocks.worst, rewards), clocks.worst)
+        penalty = divergence_penalty(clocks.worst, config.horizon - clocks.env_steps)
+        for name in parts:
+            parts[name] = np.where(diverged, penalty if name == "reward_divergence" else 0.0, parts[name])
+        update, norms = self._norms(allocation, before, progress)
+        values = {
+            "L2": kept - clocks.losses,
+            "train_loss": np.nan_to_num(train_loss, nan=np.inf),
+            "trained_parameters": trained,
+            "trained_fraction": trained / self.adaptable,
+            "mean_rank": ranks.double().mean(1).numpy(),
+            **norms,
+            "learning_rate": progress.learning_rate.double().cpu().numpy(),
+            "diverged": diverged,
+            **parts,
+        }
+        rewards = np.where(running, np.where(diverged, penalty, rewards), 0.0)
+        return Account(rewards, diverged, values, update)
+
+    @torch.no_grad()
+    def _norms(
+        self, allocation: Allocation, before: dict[str, Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """‖ΔW‖ of this step by chosen location, of the run so far, and the gradient's norm."""
+        spectrum = self.tuner.base.spectrum
+        rows: dict[str, Tensor] = dict(self.tuner.bank.rows)
+        update = change_norms(rows, before, spectrum)  # (L, M)
+        total = change_norms(rows, spectrum.reference, spectrum)
+        square = update.double().cpu().square()
+        norms = {
+            f"update_norm_{name}": (square * (allocation.location_index == index)).sum(1).sqrt().numpy()
+            for index, name in enumerate(self.adapter.location_names)
+        }
+        norms["delta_norm"] = total.double().square().sum(1).sqrt().cpu().numpy()
+        norms["grad_norm"] = progress.grad_norm.double().cpu().numpy()
+        return update, {key: np.nan_to_num(value, nan=np.inf) for key, value in norms.items()}

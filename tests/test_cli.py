@@ -1,0 +1,208 @@
+"""The command `lelora`: what a run leaves behind, and how bad input ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lelora_env.cli import Progress, app, config_options, parse_settings
+from lelora_env.errors import LeLoRAError, UnknownNameError
+from lelora_env.runs import RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lelora(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def train(out: Path, *arguments: object) -> RunRecord:
+    result = lelora("train", "--task", "planted", "--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    return RunRecord(out)
+
+
+def test_version_is_that_of_the_package() -> None:
+    import tomllib
+
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    result = lelora("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"lelora-env {version}"
+
+
+def test_a_run_leaves_its_folder_and_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = lelora("train", "--task", "planted", "--out", out, "--steps", 4, "--seed", 5, "--control", "fixed",
+                    "--control", "random")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter.json", "adapter.safetensors", "allocation.jsonl", "allocation.png", "config.json", "events",
+        "matrices.json", "metrics.jsonl", "result.json", "run.json"]
+    record = RunRecord(out)
+    assert record.status == "finished"
+    assert [lane.name for lane in record.lanes] == ["reinforce", "fixed", "random"]
+    assert all(lane.ranks.shape == (4, 24) for lane in record.lanes)
+    assert record.config["horizon"] == 4
+    assert record.config["seed"] == 5
+    assert record.config["agent"] == "reinforce"
+    rows = [line.split() for line in result.output.splitlines() if line.split()[:1] in (["reinforce"], ["fixed"])]
+    saved = json.loads((out / "result.json").read_text())
+    assert [float(row[1]) for row in rows] == [round(lane["eval_after"], 4) for lane in saved[:2]]
+    assert "far too short to learn an allocation" in result.output
+    assert str(out) in result.output
+
+
+def test_the_control_is_an_ordinary_run_of_the_environment(tmp_path: Path) -> None:
+    fixed = train(tmp_path / "run", "--steps", 5, "--seed", 3).lanes[1]
+    env = gym.make("lelora_env:LeLoRA-v0", horizon=5, common_random_numbers=True)
+    _, info = env.reset(seed=3)
+    losses = [info["L1"]]
+    base: Any = env.unwrapped
+    action = np.tile([len(base.adapter_config.rank_set) - 1, 0], base.num_matrices)
+    for _ in range(5):
+        losses.append(env.step(action)[4]["L1"])
+    np.testing.assert_allclose(fixed.series("L1")[1], losses, rtol=1e-4)
+    saved = json.loads((tmp_path / "run" / "result.json").read_text())[1]
+    assert saved["eval_after"] == pytest.approx(base.evaluate("eval")["improvement"], rel=1e-3)
+    assert saved["eval_before"] < saved["eval_after"]
+    assert saved["mean_rank"] == 8
+
+
+def test_lanes_share_start_and_data(tmp_path: Path) -> None:
+    lanes = train(tmp_path / "run", "--agent", "fixed", "--steps", 4).lanes
+    assert [lane.name for lane in lanes] == ["fixed", "fixed-1"]
+    np.testing.assert_array_equal(lanes[0].series("train_loss")[1], lanes[1].series("train_loss")[1])
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, "--steps", 3, "--seed", seed)
+    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in "abc"]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_settings_reach_the_environment(tmp_path: Path) -> None:
+    record = train(tmp_path / "run", "--steps", 2, "--rank-set", "0,4", "--set", "alpha=0.5", "--set", "locations=minor",
+                   "--control", "none", "--agent-set", "learning_rate=0.01")
+    assert record.config["rank_set"] == [0, 4]
+    assert record.config["alpha"] == 0.5
+    assert record.config["locations"] == ["minor"]
+    assert record.config["agent_options"] == {"learning_rate": 0.01}
+    assert [lane.name for lane in record.lanes] == ["reinforce"]
+    assert set(np.unique(record.lanes[0].ranks)) <= {0, 4}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--model", "no/such-model", "--task", "docstrings"], "no/such-model"),
+    (["--task", "docstring"], "Did you mean 'docstrings'"),
+    (["--agent", "reinforced"], "Did you mean 'reinforce'"),
+    (["--control", "fixd"], "Did you mean 'fixed'"),
+    (["--set", "alhpa=1"], "Did you mean 'alpha'"),
+    (["--set", "alpha"], "key=value"),
+    (["--set", "learning_rate=fast"], "learning_rate"),
+    (["--set", "rank_set=0,x"], "rank_set"),
+    (["--rank-set", "0,500"], "500"),
+    (["--horizon", "0"], "horizon must be an integer of at least 1"),
+    (["--seed", "-1"], "seed must be"),
+    (["--target-modules", "qeury"], "qeury"),
+    (["--agent-set", "learning_rte=1"], "Did you mean 'learning_rate'"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    task = [] if "--task" in arguments else ["--task", "planted"]
+    result = lelora("train", "--out", tmp_path / "run", *task, *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("lelora: error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_options_get_the_closest_name() -> None:
+    result = lelora("train", "--hroizon", 3)
+    assert result.exit_code == 2
+    assert "--horizon" in result.stderr
+
+
+@pytest.mark.parametrize("out", ["/proc/lelora", "used"])
+def test_an_unusable_folder_is_refused_before_any_work(tmp_path: Path, out: str) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("x")
+    start = time.monotonic()
+    result = lelora("train", "--model", "no/such-model", "--out", tmp_path / out)
+    assert result.exit_code == 2
+    assert "--out" in result.stderr
+    assert "no/such-model" not in result.stderr
+    assert time.monotonic() - start < 5
+
+
+def test_a_diverging_run_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = lelora("train", "--task", "planted", "--out", out, "--steps", 30, "--learning-rate", "1e30")
+    assert result.exit_code == 2, result.output
+    assert "diverged at env step" in result.stderr
+    assert "Lower --learning-rate" in result.stderr
+    assert RunRecord(out).status == "failed"
+    assert "diverged" in RunRecord(out).info["error"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_stays_readable(tmp_path: Path, kind: signal.Signals) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from lelora_env.cli import main; main()", "train", "--task", "planted",
+               "--horizon", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < 5000:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    record = RunRecord(out)
+    assert record.status == "interrupted"
+    assert len(record.lanes[0].ranks) >= 2
+    assert (out / "allocation.png").stat().st_size > 10_000
+    assert not (out / "result.json").exists()
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_settings_are_read_as_what_they_look_like() -> None:
+    pairs = ["horizon=3", "alpha=1e-3", "common-random-numbers=True", "max_grad_norm=none", "spectrum=full",
+             "rank_set=0,2", "locations=primary,0.25", "betas=[0.9, 0.95]", "target_modules=query,value"]
+    assert parse_settings(pairs) == {
+        "horizon": 3, "alpha": 1e-3, "common_random_numbers": True, "max_grad_norm": None, "spectrum": "full",
+        "rank_set": [0, 2], "locations": ["primary", 0.25], "betas": [0.9, 0.95], "target_modules": "query,value"}
+
+
+def test_options_of_their_own_win_over_settings() -> None:
+    assert config_options(["horizon=3", "alpha=0"], {"horizon": 7, "device": None}) == {"horizon": 7, "alpha": 0}
+    with pytest.raises(UnknownNameError, match="Did you mean 'horizon'"):
+        config_options(["horizn=3"], {})
+    with pytest.raises(LeLoRAError, match="wrong kind"):
+        config_options(["alpha=[1"], {})
+
+
+def test_progress_is_plain_lines_when_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(50)
+    for step in range(1, 51):
+        progress(step, {"a": 1 / step})
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == [f"{step}/50" for step in range(5, 51, 5)]
+    assert "a 0.020" in lines[-1]
