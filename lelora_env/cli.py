@@ -168,7 +168,7 @@ def train(
     agent: Annotated[str, typer.Option(help="Who allocates: reinforce, ppo, a2c, random or fixed.")] = "reinforce",
     control: Annotated[list[str] | None, typer.Option(
         help="An agent to run beside it on the same data; may be repeated; 'none' for no control.",
-        show_default="fixed")] = None,
+        show_default="fixed, random")] = None,
     horizon: Annotated[int | None, typer.Option("--horizon", "--steps", help="Env steps of the run.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order, head start and agents.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder; must be new or empty.", show_default="runs/...")] = None,
@@ -182,14 +182,14 @@ def train(
     agent_setting: Annotated[list[str] | None, typer.Option(
         "--agent-set", metavar="KEY=VALUE", help="An option of the agent; may be repeated.")] = None,
 ) -> None:
-    """Fine-tune a model under an agent's allocations, beside a control, and leave a run folder."""
+    """Fine-tune a model under an agent's allocations, beside controls, and leave a run folder."""
     given = {"horizon": horizon, "learning_rate": learning_rate, "batch_size": batch_size, "device": device,
              "target_modules": target_modules, **parse_settings([f"rank_set={rank_set}"] if rank_set else [])}
     with plain_errors():
         from lelora_env.training import TrainSettings
 
         chosen_model, chosen_task = _model_and_task(model, task)
-        controls = tuple(name for name in control or ["fixed"] if name != "none")
+        controls = tuple(name for name in control or ["fixed", "random"] if name != "none")
         _train(TrainSettings(
             model=chosen_model, task=chosen_task, agent=agent, controls=controls, seed=seed, out=out,
             options=config_options(setting or [], given), agent_options=parse_settings(agent_setting or []),

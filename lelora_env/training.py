@@ -49,7 +49,7 @@ class TrainSettings:
     model: str = "minilm"
     task: str = "docstrings"
     agent: str = "reinforce"
-    controls: tuple[str, ...] = ("fixed",)
+    controls: tuple[str, ...] = ("fixed", "random")
     seed: int = 0
     out: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -226,11 +226,12 @@ class Training:
 
 def make_lanes(settings: TrainSettings) -> Any:
     """The vector environment with a lane for each contestant."""
+    demonstration = DEMONSTRATION if settings.task == "docstrings" else {}
     return gym.make_vec(
         "lelora_env:LeLoRA-v0", num_envs=len(settings.lanes), vectorization_mode="vector_entry_point",
         autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task,
         model=None if settings.model == BUILT_IN else settings.model,
-        **{**(DEMONSTRATION if settings.task == "docstrings" else {}), "common_random_numbers": True, **settings.options},
+        **{"common_random_numbers": True, **demonstration, **settings.options},
     )
 
 

@@ -246,9 +246,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _clock_infos(self, mask: np.ndarray) -> Infos:
         infos: Infos = {}
-        self._add(infos, "L1", np.where(mask, self._clocks.losses, 0.0), mask)
-        self._add(infos, "env_step", np.where(mask, self._clocks.env_steps, 0), mask)
-        self._add(infos, "optimiser_steps", np.where(mask, self.tuner.steps, 0), mask)
+        self._add(infos, "L1", self._clocks.losses, mask)
+        self._add(infos, "env_step", self._clocks.env_steps, mask)
+        self._add(infos, "optimiser_steps", self.tuner.steps, mask)
         return infos
 
     def _reset_infos(self, mask: np.ndarray) -> Infos:
@@ -258,11 +258,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return infos
 
     def _add_instance(self, infos: Infos, mask: np.ndarray) -> None:
-        self._add(infos, "instance", np.array([self.instance if m else None for m in mask], dtype=object), mask)
+        self._add(infos, "instance", np.full(self.num_envs, self.instance, dtype=object), mask)
 
     @staticmethod
     def _add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
-        infos[key], infos[f"_{key}"] = values, mask.copy()
+        """Add an info in Gymnasium's form: blank where the mask is off, absent where it is off everywhere."""
+        if mask.any():
+            blank = np.full_like(values, None) if values.dtype == object else np.zeros_like(values)
+            infos[key], infos[f"_{key}"] = np.where(mask, values, blank), mask.copy()
 
     def _observe(self) -> np.ndarray:
         progress = torch.from_numpy(self._clocks.env_steps / self.horizon).float().to(self.tuner.device)
@@ -298,13 +301,13 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         progress = tuner.train(component_mask(allocation, self.table), running, self.env_config.steps_per_action)
         losses = tuner.reward_loss().double().cpu().numpy()
         account = self._accountant.account(allocation, progress, losses, before, clocks, running)
-        self._set_extras(account.update_norms)
+        self._set_extras(account.update_norms, running)
         clocks.losses = np.where(running & ~account.diverged | resetting, losses, clocks.losses)
         clocks.worst = np.where(resetting, -losses, clocks.worst)
         clocks.env_steps += running
         infos: Infos = {}
         for key, value in account.values.items():
-            self._add(infos, key, np.where(running, value, np.zeros_like(value)), running)
+            self._add(infos, key, value, running)
         infos |= self._clock_infos(np.ones_like(running))
         if resetting.any() and self.instance is not None:
             self._add_instance(infos, resetting)
@@ -317,9 +320,11 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             observations, infos = self._reset_in_place(observations, infos)
         return observations, account.rewards, terminated, truncated, infos
 
-    def _set_extras(self, update_norms: Tensor) -> None:
+    def _set_extras(self, update_norms: Tensor, running: np.ndarray) -> None:
         if self.env_config.extra_features:
-            self._extras = {"update_norm": update_norms, "grad_norm": self.tuner.matrix_grad_norms()}
+            ran = torch.from_numpy(running).to(self.tuner.device).view(-1, 1)
+            extras = {"update_norm": update_norms, "grad_norm": self.tuner.matrix_grad_norms()}
+            self._extras = {name: torch.where(ran, value, 0.0) for name, value in extras.items()}
 
     def _reset_in_place(self, observations: np.ndarray, infos: Infos) -> tuple[np.ndarray, Infos]:
         """SAME_STEP: hand out the last observation and info of finished lanes, then start them anew."""
@@ -327,22 +332,21 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         final_obs = np.full(self.num_envs, None, dtype=object)
         for lane in np.flatnonzero(done):
             final_obs[lane] = observations[lane].copy()
-        final = {k: v.copy() for k, v in infos.items() if not k.startswith("_")}
-        final |= {k: v & done for k, v in infos.items() if k.startswith("_")}
+        final: Infos = {}
+        kept: Infos = {}
+        for key in [key for key in infos if not key.startswith("_")]:
+            self._add(final, key, infos[key], infos[f"_{key}"] & done)
+            self._add(kept, key, infos[key], infos[f"_{key}"] & ~done)
         for lane in np.flatnonzero(done):
             self._start_lane(int(lane), None)
         self._refresh_losses(done)
         for key, value in self._reset_infos(done).items():
-            if key in infos:
-                infos[key] = infos[key] | value if key.startswith("_") else np.where(done, value, infos[key])
-            else:
-                infos[key] = value
-        for key in list(infos):
-            if not key.startswith("_") and key not in ("L1", "env_step", "optimiser_steps", "instance"):
-                infos[f"_{key}"] = infos[f"_{key}"] & ~done
-        self._add(infos, "final_obs", final_obs, done)
-        infos["final_info"], infos["_final_info"] = final, done.copy()
-        return self._observe(), infos
+            kept[key] = kept[key] | value if key.startswith("_") and key in kept else kept.get(key, value)
+            if not key.startswith("_"):
+                kept[key] = np.where(done, value, kept[key])
+        self._add(kept, "final_obs", final_obs, done)
+        kept["final_info"], kept["_final_info"] = final, done.copy()
+        return self._observe(), kept
 
     # ------------------------------------------------------------------ scores, states, forks
 

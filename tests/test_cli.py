@@ -42,8 +42,7 @@ def test_version_is_that_of_the_package() -> None:
 
 def test_a_run_leaves_its_folder_and_a_table(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = lelora("train", "--task", "planted", "--out", out, "--steps", 4, "--seed", 5, "--control", "fixed",
-                    "--control", "random")
+    result = lelora("train", "--task", "planted", "--out", out, "--steps", 4, "--seed", 5)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter.json", "adapter.safetensors", "allocation.jsonl", "allocation.png", "config.json", "events",
@@ -79,7 +78,7 @@ def test_the_control_is_an_ordinary_run_of_the_environment(tmp_path: Path) -> No
 
 
 def test_lanes_share_start_and_data(tmp_path: Path) -> None:
-    lanes = train(tmp_path / "run", "--agent", "fixed", "--steps", 4).lanes
+    lanes = train(tmp_path / "run", "--agent", "fixed", "--control", "fixed", "--steps", 4).lanes
     assert [lane.name for lane in lanes] == ["fixed", "fixed-1"]
     np.testing.assert_array_equal(lanes[0].series("train_loss")[1], lanes[1].series("train_loss")[1])
 
@@ -93,8 +92,8 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_environment(tmp_path: Path) -> None:
-    record = train(tmp_path / "run", "--steps", 2, "--rank-set", "0,4", "--set", "alpha=0.5", "--set", "locations=minor",
-                   "--control", "none", "--agent-set", "learning_rate=0.01")
+    record = train(tmp_path / "run", "--steps", 2, "--rank-set", "0,4", "--set", "alpha=0.5",
+                   "--set", "locations=minor", "--control", "none", "--agent-set", "learning_rate=0.01")
     assert record.config["rank_set"] == [0, 4]
     assert record.config["alpha"] == 0.5
     assert record.config["locations"] == ["minor"]
@@ -157,7 +156,7 @@ def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     assert "diverged" in RunRecord(out).info["error"]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_stays_readable(tmp_path: Path, kind: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-c", "from lelora_env.cli import main; main()", "train", "--task", "planted",

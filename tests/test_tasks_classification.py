@@ -181,7 +181,8 @@ def test_every_glue_task_reads_local_rows_in_both_spellings(name: str, tmp_path:
 
 def test_every_name_makes_a_task_and_the_registry_is_honest() -> None:
     for name in TASKS:
-        task = make_task(name, **({"data": "some/data"} if name in ("text", "instruction", "chat", "choice") else {}))
+        options: dict[str, Any] = {"data": "some/data"} if name in ("text", "instruction", "chat", "choice") else {}
+        task = make_task(name, **options | ({"num_labels": 2} if name == "text" else {}))
         assert isinstance(task, Task)
         assert task.name == name
 

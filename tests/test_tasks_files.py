@@ -29,10 +29,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     elif path.suffix == ".json":
         path.write_bytes(json.dumps(rows, ensure_ascii=False).encode())
     elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import datasets
 
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")

@@ -13,7 +13,8 @@ def test_values_worked_out_by_hand() -> None:
     predicted, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])  # tp 2, fp 1, tn 1, fn 1
     assert METRICS["accuracy"](predicted, labels) == pytest.approx(3 / 5)
     assert METRICS["f1"](predicted, labels) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert METRICS["matthews_correlation"](predicted, labels) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    assert METRICS["matthews_correlation"](predicted, labels) == pytest.approx(
+        (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
     assert METRICS["macro_f1"](predicted, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 

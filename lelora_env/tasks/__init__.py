@@ -64,7 +64,7 @@ def make_task(spec: "str | Mapping[str, Any] | Task | None" = None, **options: A
         options = {**spec, **options}
         spec = str(options.pop("name", "planted"))
     if spec is not None and not isinstance(spec, str):
-        if not isinstance(spec, Task):
+        if not all(callable(getattr(spec, method, None)) for method in ("splits", "loss", "predict", "score")):
             raise DataError(f"task must be a name, a mapping or an object with the methods of Task (got "
                             f"{type(spec).__name__}); a dataset of your own goes into DatasetTask")
         if options:

@@ -12,7 +12,7 @@ _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _SENTENCE = re.compile(r"(?:the|final)\s+answer\s+is\s*:?[ \t]*([^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_FRACTION = re.compile(r"\\frac\{?(-?\d+)\}?\{?(\d+)\}?|(-?\d+)/(\d+)")
+_FRACTION = re.compile(r"\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))|(-?\d+)/(\d+)")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\{([^{}]*)\}")
 _REMOVED = tuple(r"\left \right \! \, \; \$ $ ^\circ ^{\circ} \% % \( \)".split())
 

@@ -54,15 +54,20 @@ class Task(Protocol):
         name: Short name, used in run folders and tables.
         head: Which kind of model fits: decides how a model given by path is loaded.
         num_labels: Outputs of a classification head (1 = regression); 0 where there is none.
-        inputs: Columns that are passed to the model's ``forward`` by name.
+        inputs: Columns that are passed to the model's ``forward`` by name, where the rows have them
+            (``token_type_ids`` depends on the tokenizer).
         metric: Which entry of `score` is the main one; higher is better.
     """
 
     name: str
     head: Head
-    num_labels: int
     inputs: tuple[str, ...]
     metric: str
+
+    @property
+    def num_labels(self) -> int:
+        """See above; a plain attribute will do, a property may find it in the data."""
+        ...
 
     def splits(self, tokenizer: Any, *, reward_size: int, tune_size: int, seed: int) -> Splits:
         """Read, split and tokenise the data. Same arguments, same rows.

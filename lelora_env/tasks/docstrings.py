@@ -25,12 +25,14 @@ masks, digits, case and punctuation) are kept once, and every class has the same
 """
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import re
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,13 +99,9 @@ def read_docstrings() -> RawData:
     """
     sentences: dict[str, list[str]] = {}
     names: set[str] = set()
-    for label, (package, parts) in SOURCES.items():
-        found: dict[str, None] = {}
-        for path in _source_files(package, parts):
-            names.update(_WORD.findall(path.stem.lower()))
-            for docstring in _docstrings(path, names):
-                found.update(dict.fromkeys(_sentences(docstring)))
-        sentences[label] = sorted(found)
+    with _no_garbage_collection():
+        for label, (package, parts) in SOURCES.items():
+            sentences[label] = _read_class(package, parts, names)
     rows = _distinct(_mask_give_aways(sentences, names))
     per_class = min(ROWS_PER_CLASS, *map(len, rows.values()))
     if per_class < 2 * EVAL_PER_CLASS:
@@ -117,6 +115,28 @@ def read_docstrings() -> RawData:
             table["text"].append(text)
             table["label"].append(label)
     return RawData(train, held_out, "validation", "the docstrings of the installed libraries")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no cycles: the collector would take more time than the parser."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_class(package: str, parts: Iterable[str], names: set[str]) -> list[str]:
+    """The different sentences of one class, sorted; names in its sources are added to `names`."""
+    found: dict[str, None] = {}
+    for path in _source_files(package, parts):
+        names.update(_WORD.findall(path.stem.lower()))
+        for docstring in _docstrings(path, names):
+            found.update(dict.fromkeys(_sentences(docstring)))
+    return sorted(found)
 
 
 def _source_files(package: str, parts: Iterable[str]) -> Iterator[Path]:
@@ -203,7 +223,7 @@ def _distinct(sentences: dict[str, list[str]]) -> dict[str, list[str]]:
     for label, texts in sentences.items():
         for text in texts:
             words = _WORD.findall(text)
-            if words.count(MASK) <= MASKED_SHARE * len(words):
+            if words.count(MASK) <= MASKED_SHARE * len(words) and len(text.split()) >= MIN_WORDS:
                 key = " ".join(word.lower() for word in words if word != MASK)
                 owners[key].add(label)
                 first.setdefault(key, text)
