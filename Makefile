@@ -46,15 +46,14 @@ types: $(READY) ## mypy, strict
 format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 
-build: $(READY) ## wheel and sdist; each is installed into a clean environment and started
+build: $(READY) ## wheel and sdist, each installed into a clean environment and started
 	rm -rf dist build
 	$(BIN)/python -m build
-	@for file in dist/*.whl dist/*.tar.gz; do \
-	  echo "checking $$file"; \
-	  rm -rf build/clean && $(PYTHON) -m venv build/clean; \
-	  build/clean/bin/pip install -qq -c constraints.txt "$$file"; \
-	  (cd build && clean/bin/lelora --version && clean/bin/python -c 'import lelora_env, agents'); \
-	done
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/pip install -qq -c constraints.txt dist/*.whl
+	cd build && clean/bin/lelora train --model built-in --steps 3 --out run
+	build/clean/bin/pip install -qq --no-deps --force-reinstall dist/*.tar.gz
+	cd build && clean/bin/lelora --version && clean/bin/python -W error -c 'import lelora_env, agents'
 	rm -rf build
 
 constraints: ## write constraints.txt anew from .venv

@@ -27,7 +27,7 @@ from lelora_env.keys import Purpose, generator, torch_generator
 from lelora_env.matrices import linear_weight
 from lelora_env.models import Base
 from lelora_env.optim import MaskedAdamW, linear_schedule
-from lelora_env.tasks.base import Rows, Splits, Task
+from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
@@ -55,6 +55,9 @@ def attach(base: Base, dropout: float) -> LaneModel:
     """Give a model's matrices and heads lane layers, over the same frozen tensors."""
     context = LaneContext()
     root = share_tensors(base.model)
+    config = getattr(root, "config", None)
+    if config is not None and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = base.pad_token_id  # a copy of the config: the model itself keeps its own
     lane_model = LaneModel(root, context)
     where = {m: (group, i) for group, g in enumerate(base.spectrum.layout.groups) for i, m in enumerate(g.matrices)}
     for index, matrix in enumerate(base.matrices):
@@ -103,7 +106,7 @@ class FineTuner:
         self.base, self.task, self.config, self.lanes = base, task, config, lanes
         self.device = base.device
         self.splits = Splits(
-            **{name: self._to_device(splits[name]) for name in ("train", "reward", "tune", "eval")},
+            **{name: self._to_device(splits[name]) for name in SPLIT_NAMES},
             sources=splits.sources,
             notes=splits.notes,
         )

@@ -4,10 +4,12 @@ A name or folder is described from its config alone (on the meta device) until i
 needed; a module handed in is never copied, changed or trained.
 """
 
+import contextlib
 import copy
 import importlib.util
 import inspect
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ class Base:
         heads: Names of the task-head layers.
         fresh_heads: Those of them that the checkpoint has no weights for: each lane draws its own.
         looped: True when lanes have to run one at a time.
+        pad_token_id: For models whose config names no pad token (decoders as classifiers need one).
+        forward_options: Fixed keyword arguments of the model's ``forward``.
     """
 
     model: nn.Module
@@ -99,6 +103,7 @@ class Base:
     heads: tuple[str, ...] = ()
     fresh_heads: frozenset[str] = frozenset()
     looped: bool = False
+    pad_token_id: int | None = None
     forward_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,8 +146,8 @@ class ModelSource:
         if self._config is None:
             from transformers import AutoConfig
 
-            self._config = _loading(self.path, lambda: AutoConfig.from_pretrained(*_location(self.path)[0],
-                                                                                   **_location(self.path)[1]))
+            args, options = _location(self.path)
+            self._config = _loading(self.path, lambda: AutoConfig.from_pretrained(*args, **options))
         return self._config
 
     def tokenizer(self) -> Any:
@@ -159,6 +164,10 @@ class ModelSource:
         if getattr(given, "pad_token", None) is None and getattr(given, "eos_token", None) is not None:
             given.pad_token = given.eos_token
         return given
+
+    def _pad_token_id(self) -> int | None:
+        tokenizer = self.tokenizer() if self.config is not None else None
+        return getattr(tokenizer, "pad_token_id", None)
 
     def describe(self, head: Head, num_labels: int, adapter: AdapterConfig) -> list[MatrixInfo]:
         """The matrices that would be adapted, from the config alone where the model is a path.
@@ -193,12 +202,14 @@ class ModelSource:
             found = bases[key]() if key in bases else None
             if found is None:
                 found = self._decompose_module(self.module, adapter, env)
+                found.pad_token_id = self._pad_token_id()
                 bases[key] = weakref.ref(found)
             return found
         key = (self.path, *key)
         found = _BASES.get(key)
         if found is None:
             found = _BASES[key] = self._load(head, num_labels, adapter, env)
+            found.pad_token_id = self._pad_token_id()
         return found
 
     def _decompose_module(self, module: nn.Module, adapter: AdapterConfig, env: EnvConfig) -> Base:
@@ -298,6 +309,22 @@ def resolve_name(name: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / folder)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers: fresh heads are what we ask for."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _location(path: str) -> tuple[tuple[str], dict[str, Any]]:
     """How transformers wants a path: its folder, and the file inside for GGUF."""
     if path.endswith(".gguf"):
@@ -310,7 +337,8 @@ def _loading(path: str, load: Any) -> Any:
     if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}: the folder does not exist. Give a local folder or a hub id.")
     try:
-        return load()
+        with _quiet():
+            return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise ModelError(

@@ -58,7 +58,7 @@ def lane_grad_norm(
         active = gradient if mask is None else torch.where(mask, gradient, 0.0)
         rows = torch.linalg.vector_norm(active, dim=2, dtype=torch.promote_types(gradient.dtype, torch.float32))
         norms.append(torch.linalg.vector_norm(rows, dim=1).to(gradients[0].device))
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)  # (L,); last dimension first: same bits for any L
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)  # (L,), the same bits for any L
     return total if scale is None else total * scale.abs()
 
 

@@ -40,6 +40,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
     spec = by_reference_spec()
+    single_action_space: gym.spaces.MultiDiscrete
 
     def __init__(
         self,

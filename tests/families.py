@@ -56,7 +56,7 @@ _AUTO_CLASSES = {"sequence-classification": "AutoModelForSequenceClassification"
 
 
 def tiny_model(family: str, head: Head = "sequence-classification", *, num_labels: int = 2, seed: int = 0,
-               attention: str = "eager", **config: Any) -> nn.Module:
+               attention: str = "eager", **config: Any) -> Any:
     """A tiny random model in evaluation mode: float32, dropout as the family's config has it.
 
     Args:

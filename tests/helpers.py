@@ -25,7 +25,7 @@ class TokenTask:
 
     name = "tokens"
     num_labels = 3
-    inputs = ("input_ids", "attention_mask")
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     metric = "score"
 
     def __init__(self, head: str = "sequence-classification", rows: int = 48, length: int = 12) -> None:

@@ -19,7 +19,8 @@ def bert_like() -> Any:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                   sep_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+                                   sep_token="[SEP]",
+                                   model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 def gpt_like(*, bos: bool = False) -> Any:

@@ -114,8 +114,8 @@ def test_keyword_lists_do_not_solve_it_and_reading_does_better() -> None:
 
 
 def test_the_same_rows_in_another_process() -> None:
-    code = ("from lelora_env.tasks.docstrings import docstrings_task; import sys;"
-            "print(docstrings_task().fingerprint, *[m for m in ('pandas', 'sklearn', 'matplotlib') if m in sys.modules])")
+    code = ("from lelora_env.tasks.docstrings import docstrings_task; import sys; heavy = 'pandas sklearn matplotlib';"
+            "print(docstrings_task().fingerprint, *[name for name in heavy.split() if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={"PYTHONHASHSEED": "123", "PYTHONPATH": "."})
     assert done.stdout.split() == [docstrings_task().fingerprint]  # and nothing heavy was imported to read it
@@ -137,3 +137,11 @@ def test_a_missing_library_and_a_stripped_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(docstrings, "SOURCES", {"a": ("numpy", ("version.py",)), "b": ("", ("this.py",))})
     with pytest.raises(DataError, match="stripped of docstrings"):
         read_docstrings.__wrapped__()
+
+
+def test_a_sentence_of_two_classes_belongs_to_none() -> None:
+    shared = "This sentence stands in the sources of two libraries at once."
+    own = "This sentence stands in the sources of one library and nowhere else."
+    copy = own.replace("one library", "X one, library")  # the same up to a mask and a comma
+    found = docstrings._distinct({"a": [shared, own, copy], "b": [shared.lower().capitalize()]})
+    assert found == {"a": [own], "b": []}

@@ -46,7 +46,7 @@ class VectorTask(TokenTask):
     """Regression on random vectors, for `two_layer`."""
 
     head = "none"
-    inputs = ("input",)
+    inputs: tuple[str, ...] = ("input",)
 
     def _draw(self, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
         return {"input": torch.from_numpy(rng.standard_normal((count, 16))).float(),
@@ -96,7 +96,7 @@ def test_ten_thousand_random_actions_stay_in_the_spaces() -> None:
     vector.action_space.seed(0)
     observation, _ = vector.reset(seed=0)
     for _ in range(200):
-        observation, reward, terminated, truncated, infos = vector.step(vector.action_space.sample())
+        observation, reward, _, truncated, infos = vector.step(vector.action_space.sample())
         assert vector.observation_space.contains(observation)
         assert np.isfinite(reward).all()
         assert not truncated.any()
@@ -207,7 +207,7 @@ def test_environments_on_one_module_do_not_train_each_other() -> None:
 
 def test_sync_sub_environments_with_one_module_are_independent() -> None:
     vector = gym.make_vec("LeLoRA-v0", num_envs=2, vectorization_mode="sync", model=two_layer(), **options())
-    vector.reset(seed=[3, 3])
+    vector.reset(seed=[3, 3])  # type: ignore[arg-type]
     actions = np.array([[2, 0, 2, 0], [0, 0, 0, 0]])
     rewards = [vector.step(actions)[1] for _ in range(3)][-1]
     lone = gym.make("LeLoRA-v0", model=two_layer(), **options())
@@ -286,11 +286,13 @@ def test_state_of_another_environment_is_refused() -> None:
 def test_divergence_ends_the_run_with_the_documented_penalty() -> None:
     env = gym.make("LeLoRA-v0", model=two_layer(), **options(learning_rate=1e25, horizon=10, max_grad_norm=None))
     env.reset(seed=0)
-    rewards, diverged, info = [], False, {}
+    rewards: list[float] = []
+    info: dict[str, Any] = {}
+    diverged = False
     for _ in range(10):
-        observation, reward, terminated, truncated, info = env.step(np.array([2, 0, 2, 0]))
+        observation, reward, terminated, _, info = env.step(np.array([2, 0, 2, 0]))
         assert env.observation_space.contains(observation)
-        rewards.append(reward)
+        rewards.append(float(reward))
         diverged = bool(info["diverged"])
         if terminated:
             break

@@ -145,7 +145,7 @@ def test_no_text_overlaps_or_leaves_the_picture(layers: int, types: tuple[str, .
 
 def test_curves_show_the_logged_numbers() -> None:
     figure = figure_of(2, ("query", "value"), 5, (0, 8))
-    loss = next(axes for axes in figure.axes if axes.get_ylabel() == "reward-batch\nloss")
+    loss: Any = next(axes for axes in figure.axes if axes.get_ylabel() == "reward-batch\nloss")
     assert len(loss.lines) == 3
     np.testing.assert_array_equal(loss.lines[0].get_xdata(), range(6))
     np.testing.assert_allclose(loss.lines[0].get_ydata(), [2, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
@@ -156,7 +156,7 @@ def test_bars_are_mean_ranks_by_location() -> None:
     lane = LaneTrace("a", np.array([[2, 0], [4, 8]]), np.array([[0, 1], [2, 1]]), [])
     figure = allocation_figure([lane], matrices(2, ("query",)), rank_set=(0, 2, 4, 8), locations=LOCATIONS,
                                fractions=FRACTIONS, title="t")
-    bars = next(axes for axes in figure.axes if axes.get_title(loc="left") == "mean rank over the run")
+    bars: Any = next(axes for axes in figure.axes if axes.get_title(loc="left") == "mean rank over the run")
     widths = np.array([bar.get_width() for bar in bars.patches]).reshape(3, 2)  # (S, M)
     np.testing.assert_allclose(widths, [[1, 0], [0, 4], [2, 0]])
 

@@ -254,7 +254,8 @@ def test_choice_by_generated_answers() -> None:
     assert len(seen) == len(set(seen)) == 9
     assert seen[0].endswith("### Response:\n")
     right = [choices(9, 100)["answer"][i] == "answer2" for i in range(6)]
-    assert scores == {"generated_accuracy": pytest.approx(sum(right) / 9), "answered": pytest.approx(6 / 9), "rows": 9.0}
+    assert scores == {
+        "generated_accuracy": pytest.approx(sum(right) / 9), "answered": pytest.approx(6 / 9), "rows": 9.0}
 
 
 def test_questions_that_cannot_be_used_are_dropped_and_counted() -> None:
@@ -268,7 +269,8 @@ def test_questions_that_cannot_be_used_are_dropped_and_counted() -> None:
 
 
 def test_hub_rows_become_the_commonsense_format() -> None:
-    arc: Columns = {"question": ["Why?"], "choices": [{"text": ["x", "y", "z"], "label": ["1", "2", "3"]}], "answerKey": ["3"]}
+    options = {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}
+    arc: Columns = {"question": ["Why?"], "choices": [options], "answerKey": ["3"]}
     rows = choice_rows(arc, HUB_CHOICES["arc-c"], "arc")
     assert rows["instruction"] == ["Please choose the correct answer to the question: Why?\n\n"
                                    "Answer1: x Answer2: y Answer3: z\n\nAnswer format: answer1/answer2/answer3"]

@@ -168,8 +168,8 @@ def test_every_glue_task_reads_local_rows_in_both_spellings(name: str, tmp_path:
         folder = tmp_path / "-".join(columns)
         folder.mkdir()
         for split, count in (("train", 24), ("validation", 6)):
-            rows = [{**{c: f"{split} {c[-1]} {i}" for c in columns}, "label": i % 5 / 2 if classes == 1 else i % classes}
-                    for i in range(count)]
+            labels = [i % 5 / 2 if classes == 1 else i % classes for i in range(count)]
+            rows = [{**{c: f"{split} {c[-1]} {i}" for c in columns}, "label": label} for i, label in enumerate(labels)]
             (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         task = make_task(f"{name}:{folder}")
         made = splits_of(task)
@@ -198,7 +198,7 @@ def test_specs_as_mappings_and_objects() -> None:
 def test_bad_specs() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'sst2'"):
         make_task("sst3")
-    with pytest.raises(UnknownNameError, match="'max_lenght'.*Did you mean 'max_length'"):
+    with pytest.raises(UnknownNameError, match=r"'max_lenght'.*Did you mean 'max_length'"):
         make_task("sst2", max_lenght=3)
     with pytest.raises(DataError, match="text:<file"):
         make_task("text")

@@ -84,7 +84,7 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_empty_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="empty|no rows|cannot read"):
+    with pytest.raises(DataError, match=r"empty|no rows|cannot read"):
         read_raw(path)
 
 

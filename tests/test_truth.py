@@ -1,6 +1,7 @@
 """Numerical truth of the fine-tuning process, each fact against something from outside the code."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SMALL = {"rank_set": (0, 1, 2, 4), "reward_size": 8, "tune_size": 0, "batch_size
 
 @pytest.mark.parametrize("head", ["sequence-classification", "causal-lm"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_zero_gives_the_original_logits(family: str, head: str) -> None:
+def test_step_zero_gives_the_original_logits(family: str, head: Any) -> None:
     try:
         model = tiny_model(family, head, num_labels=3).eval()
     except ValueError:
@@ -242,16 +243,16 @@ def test_worked_example_of_equations_1_2_3() -> None:
     """W = diag(3, 1) over a zero row: components by hand, then Eq. 2 and 3 on one row by hand."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        model.get_parameter("0.weight").copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
 
     class OneRow(TokenTask):
         head = "none"
-        inputs = ("input",)
+        inputs: tuple[str, ...] = ("input",)
 
         def __init__(self) -> None:
             self.rows = 1
 
-        def splits(self, tokenizer, *, reward_size, tune_size, seed):  # type: ignore[no-untyped-def, override]
+        def splits(self, tokenizer, *, reward_size, tune_size, seed):  # type: ignore[no-untyped-def]
             row = {"input": torch.tensor([[1.0, 2.0]]), "labels": torch.tensor([[3.0, 1.0, 0.0]])}
             return _one_row_splits(row)
 
@@ -261,7 +262,7 @@ def test_worked_example_of_equations_1_2_3() -> None:
     env = make_lanes(1, model=model, task=OneRow(), rank_set=(0, 1), locations=("primary", "minor"), target_modules="0",
                      learning_rate=0.1, warmup=0.0, reward_size=1, tune_size=0, batch_size=1, max_grad_norm=None,
                      parametrisation="usv", horizon=10)
-    observation, info = env.reset(seed=0)
+    _, info = env.reset(seed=0)
     layer = env.tuner.lane_model.spectral[0]
     assert torch.allclose(layer.residual, torch.zeros(3, 2), atol=1e-6)  # both components are in the bank
     assert layer.sigma is not None

@@ -15,7 +15,9 @@ from lelora_env.errors import NotReadyError
 from tests.families import FAMILIES, tiny_model
 from tests.helpers import TokenTask, action_for, make_lanes
 
-TINY: dict[str, Any] = {"reward_size": 8, "tune_size": 0, "batch_size": 4, "rank_set": (0, 1, 2), "parametrisation": "unit"}
+TINY: dict[str, Any] = {
+    "reward_size": 8, "tune_size": 0, "batch_size": 4, "rank_set": (0, 1, 2), "parametrisation": "unit"
+}
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -48,7 +50,7 @@ def test_one_step_of_a_lane_equals_the_same_step_alone(family: str) -> None:
     model = tiny_model(family, num_labels=3)
     model.config.pad_token_id = 1
     options = {"model": model, "task": TokenTask(), "target_modules": "all-linear", **TINY,
-               "raw_observation": True, "adam_eps": 1e-5}  # a larger ε keeps Adam from amplifying the last bits of ~0 gradients
+               "raw_observation": True, "adam_eps": 1e-5}  # so that Adam does not amplify last bits of ~0 gradients
     lanes = make_lanes(3, **options)
     alone = LeLoRAEnv(**options)
     rng = np.random.default_rng(0)

@@ -11,10 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lelora_env.errors import UnknownNameError
+
 Rows = dict[str, Tensor]
 """Columns by name, each (N, ...). Sequence columns are (N, T), right-padded."""
 
 Head = Literal["sequence-classification", "causal-lm", "none"]
+
+
+SPLIT_NAMES = ("train", "reward", "tune", "eval")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,13 @@ class Splits:
     notes: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Rows:
-        """The rows of the split called `name`."""
+        """The rows of the split called `name`.
+
+        Raises:
+            UnknownNameError: No split has that name.
+        """
+        if name not in SPLIT_NAMES:
+            raise UnknownNameError("split", name, SPLIT_NAMES)
         rows: Rows = getattr(self, name)
         return rows
 

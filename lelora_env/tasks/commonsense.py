@@ -72,8 +72,10 @@ HUB_CHOICES: dict[str, HubChoice] = {
     "arc-c": HubChoice("allenai/ai2_arc", "ARC-Challenge", _ARC, _arc),
     "obqa": HubChoice("allenai/openbookqa", "main", ("question_stem", "choices", "answerKey"), _arc),
 }
-"""Name → data set on the hub. The originals of PIQA (ybisk/piqa) and SIQA (allenai/social_i_qa) are loading scripts,
-which ``datasets`` no longer runs: these are the copies that lm-evaluation-harness uses. BoolQ, whose answers are true and false, is rewritten by `boolq_rows`."""
+"""Name → data set on the hub; BoolQ, whose answers are true and false, is rewritten by `boolq_rows`.
+
+The originals of PIQA (ybisk/piqa) and SIQA (allenai/social_i_qa) are loading scripts, which ``datasets`` no
+longer runs: these are the copies that lm-evaluation-harness uses."""
 
 
 def read_commonsense(name: str) -> RawData:
