@@ -309,7 +309,8 @@ class FineTuner:
         back = np.argsort(order, kind="stable")
         predictions = np.concatenate(parts, axis=1)[:, back]  # (L, N, P)
         host = {name: column.cpu() for name, column in rows.items()}
-        return [self.task.score(predictions[lane], host) for lane in range(self.lanes)]
+        scores = [self.task.score(predictions[lane], host) for lane in range(self.lanes)]
+        return [{name: float(value) for name, value in score.items()} for score in scores]
 
     @torch.no_grad()
     def finite_lanes(self) -> np.ndarray:

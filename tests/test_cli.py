@@ -205,3 +205,49 @@ def test_progress_is_plain_lines_when_there_is_no_terminal(capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines] == [f"{step}/50" for step in range(5, 51, 5)]
     assert "a 0.020" in lines[-1]
+
+
+class Recorder:
+    """An agent that notes what it is given and always answers with one number."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.seen: list[Any] = []
+        self.learnt: list[Any] = []
+
+    def act(self, observation: Any) -> Any:
+        self.seen.append(observation)
+        return np.full((len(observation), 4), self.answer)
+
+    def update(self, transition: Any) -> dict[str, float]:
+        self.learnt.append(transition)
+        return {"answer": float(self.answer)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"answer": self.answer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.answer = state["answer"]
+
+
+def test_agents_side_by_side_see_their_own_lane_only() -> None:
+    from agents import Transition
+    from lelora_env.training import SideBySide
+
+    agents = [Recorder(i) for i in range(3)]
+    both = SideBySide(agents)
+    observation = np.arange(3 * 2 * 5).reshape(3, 2, 5)
+    action = both.act(observation)
+    np.testing.assert_array_equal(action, [[0] * 4, [1] * 4, [2] * 4])
+    three = np.arange(3)
+    scalars = both.update(Transition(observation, action, three * 1.0, three == 1, three == 2, {"L1": three * 10.0},
+                                     observation + 100))
+    assert scalars == {"0/answer": 0, "1/answer": 1, "2/answer": 2}
+    for i, agent in enumerate(agents):
+        np.testing.assert_array_equal(agent.seen[0], observation[[i]])
+        own = agent.learnt[0]
+        np.testing.assert_array_equal(own.next_observation, observation[[i]] + 100)
+        assert (own.reward, own.info["L1"], own.terminated, own.truncated) == (i, 10 * i, i == 1, i == 2)
+        np.testing.assert_array_equal(own.action, [[i] * 4])
+    both.load_state_dict({"0": {"answer": 7}, "1": {"answer": 8}, "2": {"answer": 9}})
+    assert both.state_dict()["1"] == {"answer": 8}

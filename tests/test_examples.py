@@ -23,7 +23,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the model and the data that the README speaks of."""
     tokenizer = bert_like()
     model = tiny_model("bert", num_labels=2, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64)
-    model.save_pretrained(tmp_path / "my-model")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
         rows = [(f"review number {i} is {'good' if i % 3 else 'bad'}", int(i % 3 > 0)) for i in range(300)]
