@@ -3,9 +3,9 @@
 Files are safetensors plus JSON, written atomically; reading them runs no code.
 """
 
+import contextlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -73,19 +73,17 @@ def write_atomically(path: Path, write: Any) -> None:
     Raises:
         LeLoRAError: The folder cannot be written to, or the disk is full; nothing is left behind.
     """
-    temporary = None
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(Path(temporary))
-        Path(temporary).replace(path)
+        write(temporary)
+        temporary.replace(path)
     except OSError as error:
         raise LeLoRAError(f"cannot write {path}: {error.strerror or error}. Choose a folder with space that you may "
                           "write to.") from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> Path:
