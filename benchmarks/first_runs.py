@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import lelora_env
-from lelora_env.training import TrainSettings, Training
+from lelora_env.training import Training, TrainSettings
 
 SENTENCE = {"parametrisation": "unit", "learning_rate": 2e-3, "head_learning_rate": 1e-2}
 CAUSAL = {"parametrisation": "unit", "learning_rate": 1e-3, "batch_size": 4, "reward_size": 8, "tune_size": 8}
@@ -47,8 +47,8 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     ))
     results = [asdict(result) for result in training.run()]
     for result in results:
-        print(f"{name:6} {result['lane']:7} {result['metric']} {result['eval_before']:.4f} -> {result['eval_after']:.4f}, "
-              f"reward loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}", flush=True)
+        print(f"{name:6} {result['lane']:7} {result['metric']} {result['eval_before']:.4f} -> "
+              f"{result['eval_after']:.4f}, reward loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}", flush=True)
     return {"task": task, "options": options, "lanes": results}
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lelora_env.allocation import Allocation, ChoiceTable, allocated_ranks
-from lelora_env.config import AdapterConfig
-from lelora_env.features import change_norms
-from lelora_env.finetune import FineTuner, Progress
+from lelora_env.config import AdapterConfig, EnvConfig
+from lelora_env.matrices import MatrixInfo
+from lelora_env.outcome import Outcome
 from lelora_env.reward import divergence_penalty, reward_parts
 
 
@@ -55,88 +55,73 @@ class LaneClocks:
 
 @dataclass(frozen=True)
 class Account:
-    """The outcome of an env step.
+    """What an env step is worth.
 
     Attributes:
         rewards: (L,) rewards; 0 for lanes that did not run.
         diverged: (L,) bool: lanes whose loss or weights are no longer finite.
         values: Info values by name, each (L,).
-        update_norms: (L, M) ‖ΔW‖ of this step.
     """
 
     rewards: np.ndarray
     diverged: np.ndarray
     values: dict[str, np.ndarray]
-    update_norms: Tensor
 
 
 class Accountant:
     """Draws up the account of every env step."""
 
-    def __init__(self, tuner: FineTuner, table: ChoiceTable, adapter: AdapterConfig) -> None:
+    def __init__(
+        self, matrices: list[MatrixInfo], table: ChoiceTable, adapter: AdapterConfig, config: EnvConfig
+    ) -> None:
         """Remember what does not change."""
-        self.tuner, self.table, self.adapter, self.config = tuner, table, adapter, tuner.config
+        self.table, self.adapter, self.config = table, adapter, config
         extra = 1 if adapter.parametrisation == "usv" else 0
-        matrices = tuner.base.matrices
         self.sizes = torch.tensor([m.out_features + m.in_features + extra for m in matrices])
         self.adaptable = float(sum(m.out_features * m.in_features for m in matrices))
 
-    def account(
-        self, allocation: Allocation, progress: Progress, losses: np.ndarray, before: dict[str, Tensor],
-        clocks: LaneClocks, running: np.ndarray,
-    ) -> Account:
+    def account(self, allocation: Allocation, outcome: Outcome, clocks: LaneClocks, running: np.ndarray) -> Account:
         """Reward a step and describe it; updates ``clocks.worst`` of the lanes that ran.
 
         Args:
             allocation: What was chosen.
-            progress: What the optimiser did.
-            losses: (L,) L1 after the step.
-            before: Bank rows before the step.
+            outcome: What came of it.
             clocks: Where the lanes stood before the step.
             running: (L,) bool: lanes that took the step.
         """
-        train_loss = progress.train_loss.double().cpu().numpy()
-        finite = np.isfinite(losses) & np.isfinite(train_loss) & self.tuner.finite_lanes()
-        diverged = running & ~finite
-        kept = np.where(diverged, clocks.losses, losses)
+        diverged = running & ~outcome.finite
+        losses = np.where(diverged, clocks.losses, outcome.losses)
         ranks = allocated_ranks(allocation, self.table)
         trained = (ranks * self.sizes).sum(1).double().numpy()
         config = self.config
-        parts = reward_parts(kept, clocks.losses, trained / self.adaptable, config.alpha, config.rank_cost)
+        parts = reward_parts(losses, clocks.losses, trained / self.adaptable, config.alpha, config.rank_cost)
         rewards = sum(parts.values(), np.zeros(len(losses)))
         clocks.worst = np.where(running & ~diverged, np.minimum(clocks.worst, rewards), clocks.worst)
         penalty = divergence_penalty(clocks.worst, config.horizon - clocks.env_steps)
         for name in parts:
             parts[name] = np.where(diverged, penalty if name == "reward_divergence" else 0.0, parts[name])
-        update, norms = self._norms(allocation, before, progress)
         values = {
-            "L2": kept - clocks.losses,
-            "train_loss": np.nan_to_num(train_loss, nan=np.inf),
+            "L2": losses - clocks.losses,
+            "train_loss": outcome.train_loss,
             "trained_parameters": trained,
             "trained_fraction": trained / self.adaptable,
             "mean_rank": ranks.double().mean(1).numpy(),
-            **norms,
-            "learning_rate": progress.learning_rate.double().cpu().numpy(),
+            **self._norms(allocation, outcome),
+            "learning_rate": outcome.learning_rate,
             "diverged": diverged,
             **parts,
         }
         rewards = np.where(running, np.where(diverged, penalty, rewards), 0.0)
-        return Account(rewards, diverged, values, update)
+        return Account(rewards, diverged, {key: np.nan_to_num(value, nan=np.inf) for key, value in values.items()})
 
-    @torch.no_grad()
-    def _norms(
-        self, allocation: Allocation, before: dict[str, Tensor], progress: Progress
-    ) -> tuple[Tensor, dict[str, np.ndarray]]:
+    def _norms(self, allocation: Allocation, outcome: Outcome) -> dict[str, np.ndarray]:
         """‖ΔW‖ of this step by chosen location, of the run so far, and the gradient's norm."""
-        spectrum = self.tuner.base.spectrum
-        rows: dict[str, Tensor] = dict(self.tuner.bank.rows)
-        update = change_norms(rows, before, spectrum)  # (L, M)
-        total = change_norms(rows, spectrum.reference, spectrum)
-        square = update.double().cpu().square()
+        square = outcome.update_norms.astype(np.float64) ** 2
+        chosen = allocation.location_index.numpy()
         norms = {
-            f"update_norm_{name}": (square * (allocation.location_index == index)).sum(1).sqrt().numpy()
+            f"update_norm_{name}": np.sqrt((square * (chosen == index)).sum(1))
             for index, name in enumerate(self.adapter.location_names)
         }
-        norms["delta_norm"] = total.double().square().sum(1).sqrt().cpu().numpy()
-        norms["grad_norm"] = progress.grad_norm.double().cpu().numpy()
-        return update, {key: np.nan_to_num(value, nan=np.inf) for key, value in norms.items()}
+        norms["delta_norm"] = np.sqrt((outcome.delta_norms.astype(np.float64) ** 2).sum(1))
+        norms["grad_norm"] = outcome.grad_norm
+        return norms

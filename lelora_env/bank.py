@@ -25,7 +25,7 @@ SIGMA = "sigma"
 HEAD = "head"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShapeGroup:
     """Matrices of one shape; their rows lie side by side in the buffers.
 
@@ -37,6 +37,8 @@ class ShapeGroup:
         left: First row of their left vectors in ``rows[str(O)]``.
         right: First row of their right vectors in ``rows[str(I)]``.
         sigma: First row in ``rows["sigma"]``.
+        index: (G,) int64 on the model's device: `matrices` for use in tensor code.
+        bank: (K,) int64 on the model's device: `components` for use in tensor code.
     """
 
     matrices: tuple[int, ...]
@@ -46,6 +48,8 @@ class ShapeGroup:
     left: int
     right: int
     sigma: int
+    index: Tensor
+    bank: Tensor
 
     @property
     def rows(self) -> int:
@@ -70,8 +74,10 @@ class Layout:
     row_matrix: dict[str, Tensor]
 
 
-def build_layout(matrices: list[MatrixInfo], table: ChoiceTable, config: AdapterConfig) -> Layout:
-    """Assign rows to the components of all matrices."""
+def build_layout(
+    matrices: list[MatrixInfo], table: ChoiceTable, config: AdapterConfig, device: torch.device
+) -> Layout:
+    """Assign rows to the components of all matrices; index tensors lie on `device`."""
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
         shapes.setdefault((matrix.out_features, matrix.in_features), []).append(index)
@@ -91,12 +97,14 @@ def build_layout(matrices: list[MatrixInfo], table: ChoiceTable, config: Adapter
         left = claim(str(out), members, len(components))
         right = claim(str(into), members, len(components))
         sigma = claim(SIGMA, members, len(components)) if config.parametrisation == "usv" else 0
-        groups.append(ShapeGroup(tuple(members), components, out, into, left, right, sigma))
+        index_of = torch.tensor(members, device=device)
+        bank_of = torch.tensor(components, device=device)
+        groups.append(ShapeGroup(tuple(members), components, out, into, left, right, sigma, index_of, bank_of))
     return Layout(
         groups=tuple(groups),
         row_counts={name: len(r) for name, r in rows.items()},
-        row_slot={name: torch.tensor(r) for name, r in rows.items()},
-        row_matrix={name: torch.tensor(r) for name, r in owner.items()},
+        row_slot={name: torch.tensor(r, device=device) for name, r in rows.items()},
+        row_matrix={name: torch.tensor(r, device=device) for name, r in owner.items()},
     )
 
 
@@ -164,7 +172,7 @@ def _split_group(
 ) -> None:
     stacked = weights.take(group)  # (G, O, I)
     parts = decompose(stacked, group.components, names=names, dtype=torch.float64)
-    members = torch.tensor(group.matrices, device=stacked.device)
+    members = group.index
     spectrum.singular_values[members, : parts.singular_values.shape[1]] = parts.singular_values.float()
     values = parts.singular_values[:, list(group.components)].double()  # (G, K)
     left, right = parts.U.double(), parts.V.double()  # (G, K, O), (G, K, I)
@@ -205,7 +213,7 @@ def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[
     if SIGMA in rows:
         left = left * rows[SIGMA].narrow(-2, group.sigma, group.rows).unflatten(-2, size)
     else:
-        left = left * scale[list(group.matrices)].view(-1, 1, 1)
+        left = left * scale[group.index].view(-1, 1, 1)
     return left, right
 
 
@@ -254,8 +262,6 @@ class Bank:
             parameter = torch.nn.Parameter(start.expand(lanes, -1, -1).clone(memory_format=torch.contiguous_format))
             parameter.grad = torch.zeros_like(parameter)
             self.rows[name] = parameter
-        slots = spectrum.layout.row_slot
-        self._row_slot = {name: index.to(spectrum.scale.device) for name, index in slots.items()}
 
     def leaf(self, buffer: str, start: int, shape: tuple[int, ...]) -> Tensor:
         """A leaf tensor (L, *shape) that aliases rows of a buffer, its gradient included.
@@ -291,8 +297,9 @@ class Bank:
         Returns:
             Per buffer (L, N, 1) bool; the head's row is on in every active lane.
         """
+        slots = self.spectrum.layout.row_slot
         flat = (mask & active.view(-1, 1, 1)).flatten(1)  # (L, M·K)
-        masks = {name: flat[:, index].unsqueeze(-1) for name, index in self._row_slot.items()}
+        masks = {name: flat[:, index].unsqueeze(-1) for name, index in slots.items()}
         if HEAD in self.rows:
             masks[HEAD] = active.view(-1, 1, 1)
         return masks

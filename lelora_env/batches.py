@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lelora_env.keys import Purpose, generator
@@ -140,8 +139,7 @@ class Batches:
         drawn: np.ndarray = np.concatenate(batches).reshape(-1, self.batch_size)[self._order(epoch)]
         return drawn
 
-    def gather(self, indices: np.ndarray, width: int) -> Batch:
-        """Fetch a batch: indices (L, B) of row numbers, -1 for filling."""
-        device = next(iter(self.rows.values())).device
-        index = torch.from_numpy(indices.reshape(-1)).to(device)
+    def gather(self, indices: Tensor, width: int) -> Batch:
+        """Fetch a batch: indices (L, B) of row numbers on the rows' device, -1 for filling."""
+        index = indices.reshape(-1)
         return Batch(take_rows(self.rows, index.clamp_min(0), width), (index >= 0).float())

@@ -71,8 +71,7 @@ def weight_norms(rows: dict[str, Tensor], spectrum: Spectrum) -> Tensor:
         seen = right.to(residual.dtype) @ residual.transpose(-1, -2)  # (L, G, K, O)
         cross = (seen.float() * left).sum((-1, -2))
         own = (_gram(left, left) * _gram(right, right)).sum((-1, -2))
-        members = list(group.matrices)
-        result[:, members] = spectrum.residual_norm2[members] + (2 * cross + own).double()
+        result[:, group.index] = spectrum.residual_norm2[group.index] + (2 * cross + own).double()
     return result.clamp_min(0).sqrt().float()
 
 
@@ -97,7 +96,7 @@ def change_norms(rows: dict[str, Tensor], before: dict[str, Tensor], spectrum: S
             + 2 * _gram(d_left, left0) * _gram(right, d_right)
             + _gram(left0, left0) * _gram(d_right, d_right)
         )
-        columns[:, list(group.matrices)] = square.sum((-1, -2)).clamp_min(0)
+        columns[:, group.index] = square.sum((-1, -2)).clamp_min(0)
     return columns.sqrt()
 
 
@@ -112,9 +111,8 @@ def component_values(rows: dict[str, Tensor], spectrum: Spectrum, group: ShapeGr
         norms: Tensor = left.norm(dim=-1) * right.norm(dim=-1)
         return norms
     left0, right0 = factors(spectrum.reference, group, torch.ones_like(spectrum.scale))
-    members = list(group.matrices)
-    start = spectrum.singular_values[members][:, list(group.components)]  # (G, K)
-    rest = start - spectrum.scale[members].unsqueeze(-1)
+    start = spectrum.singular_values[group.index][:, group.bank]  # (G, K)
+    rest = start - spectrum.scale[group.index].unsqueeze(-1)
     values: Tensor = (rest + (_gram(left0, left) * _gram(right0, right)).sum(-1)).abs()
     return values
 
@@ -151,9 +149,7 @@ class Observer:
         lanes = next(iter(rows.values())).shape[0]
         values = self.spectrum.singular_values.expand(lanes, -1, -1).clone()
         for group in self.spectrum.layout.groups:
-            members = torch.tensor(group.matrices, device=values.device).unsqueeze(1)
-            components = torch.tensor(group.components, device=values.device).unsqueeze(0)
-            values[:, members, components] = component_values(rows, self.spectrum, group)
+            values[:, group.index.unsqueeze(1), group.bank.unsqueeze(0)] = component_values(rows, self.spectrum, group)
         return values
 
     def observe(self, rows: dict[str, Tensor], progress: Tensor, extras: dict[str, Tensor]) -> Tensor:

@@ -3,8 +3,10 @@
 Shapes: L lanes · M matrices · K components · B rows a lane · N rows · P numbers a row to score.
 """
 
+import contextlib
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from lelora_env.adapter import (
 )
 from lelora_env.bank import HEAD, SIGMA, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
+from lelora_env.capture import Captured
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
 from lelora_env.keys import Purpose, generator, torch_generator
@@ -34,21 +37,6 @@ OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 FORWARD_ROWS = 64
 """Rows per lane in one forward pass without gradients."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the optimiser steps of one env step did.
-
-    Attributes:
-        train_loss: (L,) mean training loss of the steps, before each update.
-        grad_norm: (L,) gradient norm of the last step over what was trained, before clipping.
-        learning_rate: (L,) learning rate of the last step.
-    """
-
-    train_loss: Tensor
-    grad_norm: Tensor
-    learning_rate: Tensor
 
 
 def attach(base: Base, dropout: float) -> LaneModel:
@@ -118,7 +106,23 @@ class FineTuner:
         self.seeds = np.zeros(lanes, dtype=np.int64)
         self.episodes = np.zeros(lanes, dtype=np.int64)
         self.steps = np.zeros(lanes, dtype=np.int64)
+        self.active = np.ones(lanes, dtype=bool)
         self._reward_rows = self._trimmed(self.splits.reward)
+        self._allocate_inputs()
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are recorded as CUDA graphs."""
+        return self.config.cuda_graphs and self.device.type == "cuda"
+
+    def _allocate_inputs(self) -> None:
+        """The static tensors that steps read and write, so that they can be captured."""
+        self.losses, self.grad_norm, self.learning_rate, self._factor = torch.zeros(4, self.lanes, device=self.device)
+        self._indices = torch.zeros(self.lanes, self.config.batch_size, dtype=torch.int64, device=self.device)
+        self._dropout_keys: Tensor | None = None
+        if self.config.dropout:
+            self._dropout_keys = torch.zeros(self.config.accumulate, self.lanes, dtype=torch.int64, device=self.device)
+        self._train_step: dict[int, Captured[None]] = {}
 
     def _to_device(self, rows: Rows) -> Rows:
         return {name: column.to(self.device) for name, column in rows.items()}
@@ -193,37 +197,51 @@ class FineTuner:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, mask: Tensor, active: np.ndarray, steps: int) -> Progress:
-        """Take optimiser steps on the components of `mask` (Eq. 6); heads train in every step.
+    def begin(self, mask: Tensor, active: np.ndarray) -> None:
+        """Choose what the next calls of `train` update.
 
         Args:
             mask: (L, M, K) bool: components that are updated.
             active: (L,) bool: lanes that step at all; the others stay bitwise as they are.
-            steps: Optimiser steps.
         """
+        self.active = active
         on = torch.from_numpy(active).to(self.device)
         self.optimiser.set_masks(list(self.bank.row_masks(mask.to(self.device), on).values()))
-        losses = torch.zeros(self.lanes, device=self.device)
-        for _ in range(steps):
-            weight = self._gradients(losses)
-            rates = self._set_rates()
-            norm = self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / weight)
-            self.optimiser.step()
-            self.steps += active
-        return Progress(train_loss=losses / steps, grad_norm=norm, learning_rate=rates)
+        self.losses.zero_()
 
-    def _gradients(self, losses: Tensor) -> Tensor:
-        """Leave the summed gradients of the next batch in the buffers; returns each lane's weight (L,)."""
-        self.bank.zero_grad()
-        config = self.config
-        width = max(self.batches.width(int(step)) for step in self.steps)
+    def train(self, steps: int) -> None:
+        """Take optimiser steps (Eq. 6) on what `begin` chose; heads train in every step.
+
+        Leaves the summed training losses in `losses`, and the gradient norm of the last step (before
+        clipping) and its learning rate in `grad_norm` and `learning_rate`, each (L,).
+        """
+        for _ in range(steps):
+            width = self._load_step()
+            if width not in self._train_step:
+                self._train_step[width] = Captured(
+                    f"training step at width {width}", partial(self._step, width), self.captures, self._rehearsal
+                )
+            self._train_step[width]()
+            self.steps += self.active
+
+    def _load_step(self) -> int:
+        """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
         clocks = zip(self.seeds, self.episodes, self.steps, strict=True)
         chosen = np.stack([self.batches.indices(lane, *map(int, clock)) for lane, clock in enumerate(clocks)])
-        total = torch.zeros(self.lanes, device=self.device)
-        weight = torch.zeros(self.lanes, device=self.device)
-        for part, indices in enumerate(np.split(chosen, config.accumulate, axis=1)):
+        self._indices.copy_(torch.from_numpy(chosen))
+        self._factor.copy_(linear_schedule(torch.from_numpy(self.steps), self.config.total_steps, self.config.warmup))
+        if self._dropout_keys is not None:
+            self._dropout_keys.copy_(self._draw_dropout_keys())
+        return max(self.batches.width(int(step)) for step in self.steps)
+
+    def _step(self, width: int) -> None:
+        """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
+        self.bank.zero_grad()
+        total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
+        for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
-            self._set_dropout(part)
+            if self._dropout_keys is not None:
+                self.lane_model.context.dropout_keys = self._dropout_keys[part]
             row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
             lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
             _backward(lane_total.sum())
@@ -231,25 +249,37 @@ class FineTuner:
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
         self.lane_model.context.dropout_keys = None
         weight = weight.clamp_min(1e-30)
-        losses += total / weight
-        return weight
-
-    def _set_dropout(self, part: int) -> None:
-        if not self.config.dropout:
-            return
-        clocks = zip(self.seeds, self.episodes, self.steps, strict=True)
-        keys = [int(generator(int(s), Purpose.DROPOUT, int(e), int(t), part).integers(2**31)) for s, e, t in clocks]
-        self.lane_model.context.dropout_keys = torch.tensor(keys, device=self.device)
-
-    def _set_rates(self) -> Tensor:
-        """Set this step's learning rate of every lane; returns the bank's, (L,)."""
-        config = self.config
-        steps = torch.from_numpy(self.steps).to(self.device)
-        factor = linear_schedule(steps, config.total_steps, config.warmup)  # (L,)
+        self.losses.add_(total / weight)
         for name, group in zip(self.bank.rows, self.optimiser.param_groups, strict=True):
-            peak = (config.head_learning_rate or config.learning_rate) if name == HEAD else config.learning_rate
-            group["lr"].copy_(peak * factor)
-        return config.learning_rate * factor
+            group["lr"].copy_(self._peak(name) * self._factor)
+        self.learning_rate.copy_(self.config.learning_rate * self._factor)
+        self.grad_norm.copy_(self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / weight))
+        self.optimiser.step()
+
+    def _peak(self, buffer: str) -> float:
+        config = self.config
+        return (config.head_learning_rate or config.learning_rate) if buffer == HEAD else config.learning_rate
+
+    @contextlib.contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """With every mask off, a training step leaves no trace but in the reported numbers."""
+        states = [self.optimiser.state[parameter] for parameter in self.bank.rows.values()]
+        masks = [state["mask"].clone() for state in states]
+        losses = self.losses.clone()
+        self.optimiser.set_masks([torch.zeros_like(mask) for mask in masks])
+        try:
+            yield
+        finally:
+            self.optimiser.set_masks(masks)
+            self.losses.copy_(losses)
+
+    def _draw_dropout_keys(self) -> Tensor:
+        clocks = list(zip(self.seeds, self.episodes, self.steps, strict=True))
+        keys = [
+            [int(generator(int(s), Purpose.DROPOUT, int(e), int(t), part).integers(2**31)) for s, e, t in clocks]
+            for part in range(self.config.accumulate)
+        ]
+        return torch.tensor(keys)
 
     # ------------------------------------------------------------------ forward passes
 
@@ -313,19 +343,13 @@ class FineTuner:
         return [{name: float(value) for name, value in score.items()} for score in scores]
 
     @torch.no_grad()
-    def finite_lanes(self) -> np.ndarray:
-        """(L,) bool: lanes whose trainable numbers are all finite."""
-        checks = [parameter.isfinite().flatten(1).all(1) for parameter in self.bank.rows.values()]
-        return torch.stack(checks).all(0).cpu().numpy()
-
-    @torch.no_grad()
     def matrix_grad_norms(self) -> Tensor:
         """Norm of the last gradient of every matrix's whole bank, (L, M), before clipping and masks."""
         square = torch.zeros(self.lanes, len(self.base.matrices), device=self.device)
         for name, owner in self.base.spectrum.layout.row_matrix.items():
             gradient = self.bank.rows[name].grad
             assert gradient is not None
-            square.index_add_(1, owner.to(self.device), gradient.square().sum(-1))
+            square.index_add_(1, owner, gradient.square().sum(-1))
         return square.sqrt()
 
     # ------------------------------------------------------------------ state

@@ -34,8 +34,9 @@ def greedy(model: nn.Module, tokenizer: Any, max_new_tokens: int = 256, batch_si
         for start in range(0, len(prompts), batch_size):
             rows = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True,
                              padding_side="left").to(next(model.parameters()).device)
-            tokens = model.generate(**rows, max_new_tokens=max_new_tokens, do_sample=False,
-                                    pad_token_id=tokenizer.pad_token_id)
+            tokens = model.generate(  # type: ignore[operator]
+                **rows, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
             new = tokens[:, rows["input_ids"].shape[1] :]
             answers += tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
@@ -62,8 +63,8 @@ def evaluate_generated(
 
     task, tuner = env.task, env.tuner
     if not hasattr(task, "generated_score"):
-        raise LeLoRAError(f"the task {task.name!r} has no rule for generated answers; use evaluate(), or a task such as "
-                          "gsm8k or boolq.")
+        raise LeLoRAError(f"the task {task.name!r} has no rule for generated answers; use evaluate(), or a task "
+                          "such as gsm8k or boolq.")
     tokenizer = env.source.tokenizer()
     answer = greedy(merged_model(tuner, lane), tokenizer, max_new_tokens)
     sources = list(tuner.splits.sources[split])[:limit]

@@ -264,8 +264,9 @@ def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: 
     consume = [owned and uses[id(m.weight)] == 1 for m in modules]
     config = getattr(model, "config", None)
     with torch.no_grad():
-        layout = build_layout(matrices, table, adapter)
-        spectrum = build_spectrum(WeightSource(modules, consume), matrices, layout, adapter)
+        weights = WeightSource(modules, consume)
+        layout = build_layout(matrices, table, adapter, weights.device)
+        spectrum = build_spectrum(weights, matrices, layout, adapter)
     heads = tuple(head_modules(model)) if config is not None else ()
     accepts = inspect.signature(model.forward).parameters
     return Base(

@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner
 from lelora_env.models import Base, ByReference, ModelSource, by_reference_spec
+from lelora_env.outcome import Measurement
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
 
@@ -103,7 +103,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if build is None:
                 raise LeLoRAError(f"the task {self.task.name!r} needs a model: give model= a local folder, a hub id "
                                   "or an nn.Module.")
-            model = build()
+            model = build().to(self.env_config.device or "cpu")
         source = ModelSource(model, tokenizer)
         labels = getattr(source.config, "num_labels", None) if source.module is not None else None
         if self.task.head == "sequence-classification" and labels is not None and labels != self.task.num_labels:
@@ -166,11 +166,10 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         assert self._splits is not None
         lanes = self.num_envs
         self._tuner = FineTuner(self._base, self.task, self._splits, self.env_config, lanes)
-        self._observer = Observer(self._base.spectrum, self.matrices, self.env_config)
-        self._accountant = Accountant(self._tuner, self.table, self.adapter_config)
+        observer = Observer(self._base.spectrum, self.matrices, self.env_config)
+        self._measure = Measurement(self._tuner, observer)
+        self._accountant = Accountant(self.matrices, self.table, self.adapter_config, self.env_config)
         self._clocks = LaneClocks(lanes)
-        blank = torch.zeros(lanes, self.num_matrices, device=self._base.device)
-        self._extras = {"grad_norm": blank, "update_norm": blank.clone()}
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -193,9 +192,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._build()
         for lane in np.flatnonzero(mask):
             self._start_lane(int(lane), seeds[lane])
-        self._refresh_losses(mask)
-        infos = self._reset_infos(mask)
-        return self._observe(), infos
+        return self._after_reset(mask), self._reset_infos(mask)
 
     def _lane_seed_list(self, seed: int | list[int | None] | None) -> list[int | None]:
         if seed is None:
@@ -233,17 +230,20 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.tuner.start(lane, int(self._clocks.seeds[lane]), int(self._clocks.episodes[lane]))
         self._clocks.env_steps[lane] = 0
         self._clocks.finished[lane] = False
-        for extra in self._extras.values():
+        for extra in self._measure.extras.values():
             extra[lane] = 0
 
-    def _refresh_losses(self, mask: np.ndarray) -> None:
-        losses = self.tuner.reward_loss().double().cpu().numpy()
+    def _after_reset(self, mask: np.ndarray) -> np.ndarray:
+        """Measure lanes that have just been started; returns the observation of all lanes."""
+        outcome = self._measure(self._clocks.env_steps / self.horizon, np.zeros_like(mask))
+        losses = outcome.losses
         if not np.isfinite(losses[mask]).all():
             raise ModelError("the loss of the untrained model on the reward rows is not finite: the model holds NaN or "
                              "infinite weights, or overflows in this dtype. Check the checkpoint, or use "
                              "dtype='float32'.")
         self._clocks.losses[mask] = losses[mask]
         self._clocks.worst[mask] = -losses[mask]
+        return outcome.observation
 
     def _clock_infos(self, mask: np.ndarray) -> Infos:
         infos: Infos = {}
@@ -267,12 +267,6 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if mask.any():
             blank = np.full_like(values, None) if values.dtype == object else np.zeros_like(values)
             infos[key], infos[f"_{key}"] = np.where(mask, values, blank), mask.copy()
-
-    def _observe(self) -> np.ndarray:
-        progress = torch.from_numpy(self._clocks.env_steps / self.horizon).float().to(self.tuner.device)
-        rows: dict[str, Tensor] = dict(self.tuner.bank.rows)
-        with torch.no_grad():
-            return self._observer.observe(rows, progress, self._extras).cpu().numpy()
 
     # ------------------------------------------------------------------ step
 
@@ -298,13 +292,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         running = ~resetting
         for lane in np.flatnonzero(resetting):
             self._start_lane(int(lane), None)
-        before = tuner.bank.copy_rows()
-        progress = tuner.train(component_mask(allocation, self.table), running, self.env_config.steps_per_action)
-        losses = tuner.reward_loss().double().cpu().numpy()
-        account = self._accountant.account(allocation, progress, losses, before, clocks, running)
-        self._set_extras(account.update_norms, running)
-        clocks.losses = np.where(running & ~account.diverged | resetting, losses, clocks.losses)
-        clocks.worst = np.where(resetting, -losses, clocks.worst)
+        self._measure.begin()
+        tuner.begin(component_mask(allocation, self.table), running)
+        tuner.train(self.env_config.steps_per_action)
+        outcome = self._measure((clocks.env_steps + running) / self.horizon, running)
+        account = self._accountant.account(allocation, outcome, clocks, running)
+        observations = outcome.observation
+        clocks.losses = np.where(running & ~account.diverged | resetting, outcome.losses, clocks.losses)
+        clocks.worst = np.where(resetting, -outcome.losses, clocks.worst)
         clocks.env_steps += running
         infos: Infos = {}
         for key, value in account.values.items():
@@ -316,16 +311,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         limit = self.max_episode_steps
         truncated = running & ~terminated & (limit is not None and clocks.env_steps >= limit)
         clocks.finished = terminated | truncated
-        observations = self._observe()
         if clocks.finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             observations, infos = self._reset_in_place(observations, infos)
         return observations, account.rewards, terminated, truncated, infos
-
-    def _set_extras(self, update_norms: Tensor, running: np.ndarray) -> None:
-        if self.env_config.extra_features:
-            ran = torch.from_numpy(running).to(self.tuner.device).view(-1, 1)
-            extras = {"update_norm": update_norms, "grad_norm": self.tuner.matrix_grad_norms()}
-            self._extras = {name: torch.where(ran, value, 0.0) for name, value in extras.items()}
 
     def _reset_in_place(self, observations: np.ndarray, infos: Infos) -> tuple[np.ndarray, Infos]:
         """SAME_STEP: hand out the last observation and info of finished lanes, then start them anew."""
@@ -340,14 +328,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._add(kept, key, infos[key], infos[f"_{key}"] & ~done)
         for lane in np.flatnonzero(done):
             self._start_lane(int(lane), None)
-        self._refresh_losses(done)
+        observations = self._after_reset(done)
         for key, value in self._reset_infos(done).items():
             kept[key] = kept[key] | value if key.startswith("_") and key in kept else kept.get(key, value)
             if not key.startswith("_"):
                 kept[key] = np.where(done, value, kept[key])
         self._add(kept, "final_obs", final_obs, done)
         kept["final_info"], kept["_final_info"] = final, done.copy()
-        return self._observe(), kept
+        return observations, kept
 
     # ------------------------------------------------------------------ scores, states, forks
 
@@ -359,7 +347,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """A copy of everything that one lane owns, as plain tensors by name."""
         state = self.tuner.get_state(lane)
         state |= self._clocks.get(lane)
-        for name, value in self._extras.items():
+        for name, value in self._measure.extras.items():
             state[f"env.{name}"] = value[lane].clone()
         return state
 
@@ -377,7 +365,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for lane in targets:
             self.tuner.set_state(lane, state)
             self._clocks.set(lane, state)
-            for name, value in self._extras.items():
+            for name, value in self._measure.extras.items():
                 value[lane] = state[f"env.{name}"]
 
     def fork(self) -> "LeLoRAVectorEnv":

@@ -29,7 +29,7 @@ def test_every_row_exactly_once_an_epoch(count: int, batch: int) -> None:
             width = batches.width(step)
             index = batches.indices(0, seed=4, episode=1, step=step)
             assert index.shape == (batch,)
-            got = batches.gather(index[None], width)
+            got = batches.gather(torch.from_numpy(index[None]), width)
             real = got.weight.bool()
             seen.update(got.rows["labels"][real].tolist())
             assert got.rows["input_ids"].shape == (batch, width)
@@ -79,7 +79,7 @@ def test_no_held_out_row_is_ever_trained_on(monkeypatch: pytest.MonkeyPatch) -> 
     trained: Counter[int] = Counter()
     gather = env.tuner.batches.gather
 
-    def spy(indices: np.ndarray, width: int) -> Any:
+    def spy(indices: torch.Tensor, width: int) -> Any:
         batch = gather(indices, width)
         trained.update(batch.rows["mark"][batch.weight.bool()].tolist())
         return batch
@@ -97,7 +97,8 @@ def test_no_held_out_row_is_ever_trained_on(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_small_last_batch_weighs_only_its_rows() -> None:
     """Five rows in batches of 4: the second batch's loss is that of one row."""
     batches = Batches(rows_of([3] * 5, 8), 4, split_seed=0)
-    weights = sorted(batches.gather(batches.indices(0, 0, 0, s)[None], 8).weight.sum().item() for s in range(2))
+    drawn = [torch.from_numpy(batches.indices(0, 0, 0, step)[None]) for step in range(2)]
+    weights = sorted(batches.gather(index, 8).weight.sum().item() for index in drawn)
     assert weights == [1.0, 4.0]
 
 

@@ -60,7 +60,8 @@ def test_full_mask_equals_adamw_on_delta(parametrisation: str, weight_decay: flo
     optimiser = torch.optim.AdamW(delta.values(), lr=1e-3, weight_decay=weight_decay, eps=1e-5)
     everything = env.table.components.ge(0).unsqueeze(0)  # (1, M, K)
     for step in range(20):
-        tuner.train(everything, np.array([True]), 1)
+        tuner.begin(everything, np.array([True]))
+        tuner.train(1)
         optimiser.zero_grad()
         _reference_loss(env, {n: start[n] + d for n, d in delta.items()}, step).backward()
         for group in optimiser.param_groups:
@@ -75,7 +76,7 @@ def test_full_mask_equals_adamw_on_delta(parametrisation: str, weight_decay: flo
 def _reference_loss(env, rows: dict[str, Tensor], step: int) -> Tensor:  # type: ignore[no-untyped-def]
     """The training loss of lane 0 from dense weights W = residual + Σ_k left_k right_kᵀ, by plain autograd."""
     tuner, spectrum = env.tuner, env.tuner.base.spectrum
-    batch = tuner.batches.gather(tuner.batches.indices(0, 0, 0, step)[None], 0).rows
+    batch = tuner.batches.gather(torch.from_numpy(tuner.batches.indices(0, 0, 0, step)[None]), 0).rows
     weights: dict[int, Tensor] = {}
     for group, residual in zip(spectrum.layout.groups, spectrum.residual, strict=True):
         size = len(group.components)

@@ -1,0 +1,76 @@
+"""A function of static tensors, run as one CUDA graph where that is possible and plainly elsewhere."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WARM_UP_CALLS = 2
+
+
+class Captured(Generic[T]):
+    """Calls a function; on CUDA its kernels are recorded once and replayed as a graph from then on.
+
+    The function must read and write tensors that stay where they are, take no arguments, and return
+    tensors (in whatever structure) that the caller copies before the next call. Where capture fails
+    (an operation that synchronises or draws from a generator), the function is called plainly and one
+    warning says why; the numbers are the same.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[[], T], enabled: bool, rehearsal: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Wrap `function`.
+
+        Args:
+            name: For the log.
+            function: What to run.
+            enabled: Whether to capture at all.
+            rehearsal: Gives a context in which calling the function leaves no trace; it is needed
+                because a function has to run a few times before it can be captured.
+        """
+        self.name = name
+        self.function = function
+        self.rehearsal = rehearsal
+        self.enabled = enabled
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: T | None = None
+
+    def __call__(self) -> T:
+        """Run the function once."""
+        if self.enabled and self.graph is None:
+            self._capture()
+        if self.graph is None:
+            return self.function()
+        self.graph.replay()
+        return self.result  # type: ignore[return-value]
+
+    def _capture(self) -> None:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with self.rehearsal():
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP_CALLS):
+                        self.function()
+                torch.cuda.current_stream().wait_stream(stream)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    self.result = self.function()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.enabled = False
+            self.result = None
+            torch.cuda.synchronize()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("the %s runs without a CUDA graph (slower, same numbers): %s", self.name, reason)
+        else:
+            self.graph = graph
