@@ -48,7 +48,8 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     results = [asdict(result) for result in training.run()]
     for result in results:
         print(f"{name:6} {result['lane']:7} {result['metric']} {result['eval_before']:.4f} -> "
-              f"{result['eval_after']:.4f}, reward loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}", flush=True)
+              f"{result['eval_after']:.4f}, reward loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}",
+              flush=True)
     return {"task": task, "options": options, "lanes": results}
 
 

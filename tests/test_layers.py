@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("config", "keys", "reward"),
+    ("config", "keys", "reward", "capture"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
     ("bank",),
@@ -20,11 +20,13 @@ LAYERS = (
     ("models", "batches"),
     ("features",),
     ("finetune",),
+    ("outcome",),
     ("accounting",),
     ("vector_env",),
     ("env",),
     ("instances",),
     ("export",),
+    ("generation",),
     ("runs",),
     ("plots",),
     ("training",),
