@@ -97,10 +97,12 @@ class History:
     num_lanes: int
     rewards: list[Array] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
-    _started: list[int] = field(default_factory=list, repr=False)
+    _started: list[int] = field(init=False, repr=False)
+    _ended: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._started = self._started or [0] * self.num_lanes
+        self._started = [0] * self.num_lanes
+        self._ended = [sum(episode.lane == lane for episode in self.episodes) for lane in range(self.num_lanes)]
 
     @property
     def env_steps(self) -> int:
@@ -114,13 +116,13 @@ class History:
             rewards = [float(reward[lane]) for reward in self.rewards[self._started[lane]:]]
             self.episodes.append(Episode(lane, sum(rewards), len(rewards), bool(transition.terminated[lane])))
             self._started[lane] = self.env_steps
+            self._ended[lane] += 1
 
     def reached(self, episodes: int | None, env_steps: int | None) -> bool:
         """Whether every lane has ended `episodes` episodes, or `env_steps` env steps were made."""
         if env_steps is not None and self.env_steps >= env_steps:
             return True
-        ended = np.bincount([episode.lane for episode in self.episodes], minlength=self.num_lanes)
-        return episodes is not None and bool((ended >= episodes).all())
+        return episodes is not None and min(self._ended) >= episodes
 
 
 def run(env: AnyEnv, agent: Agent, *, episodes: int | None = None, env_steps: int | None = None,

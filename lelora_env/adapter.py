@@ -5,7 +5,9 @@ Every batch is lane-major: row ``l * B + b`` belongs to lane l.
 Shapes: L lanes · K components · O/I out/in dim · B rows a lane · T tokens.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 
 from lelora_env.errors import ModelError
 from lelora_env.keys import hashed_uniform
+
+LONGEST_ROW = 1 << 16
+"""More tokens than a row can have: keeps the dropout of different rows apart."""
 
 
 @dataclass
@@ -23,10 +28,22 @@ class LaneContext:
         lane: ``None`` when a batch holds all lanes; a lane's index while the model runs one lane at
             a time (models that mix rows across the batch dimension need that).
         dropout_keys: (L,) int64 keys of this forward's dropout masks; ``None`` = no dropout.
+        leading: When set, adapted layers note the first dimension of each of their inputs here.
     """
 
     lane: int | None = None
     dropout_keys: Tensor | None = None
+    leading: dict[str, list[int]] | None = None
+
+    @contextlib.contextmanager
+    def using(self, *, lane: int | None = None, dropout_keys: Tensor | None = None) -> Iterator[None]:
+        """Set lane and keys for a while; they are taken back whatever happens."""
+        before = self.lane, self.dropout_keys
+        self.lane, self.dropout_keys = lane, dropout_keys
+        try:
+            yield
+        finally:
+            self.lane, self.dropout_keys = before
 
     def pick(self, lanes: Tensor) -> Tensor:
         """All lanes, or the one that is running."""
@@ -35,10 +52,7 @@ class LaneContext:
 
 def _split_lanes(x: Tensor, lanes: int, name: str) -> Tensor:
     if x.shape[0] % lanes:
-        raise ModelError(
-            f"the layer {name!r} got a batch of {x.shape[0]} rows, which {lanes} lanes cannot share: this model mixes "
-            "rows across its batch dimension. Use one lane (num_envs=1) for it."
-        )
+        raise ModelError(f"the layer {name!r} got {x.shape[0]} rows, which {lanes} lanes cannot share")
     return x.reshape(lanes, -1, x.shape[-1])
 
 
@@ -83,6 +97,8 @@ class SpectralLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply each lane's weight to its rows: (L·B, ..., I) to (L·B, ..., O)."""
         left, right = self.context.pick(self.left), self.context.pick(self.right)
+        if self.context.leading is not None:
+            self.context.leading.setdefault(self.name, []).append(x.shape[0])
         base = nn.functional.linear(x, self.residual, self.bias)  # (L·B, ..., O)
         lanes = _split_lanes(x, left.shape[0], self.name)  # (L, B·T, I)
         inner = torch.bmm(lanes, right.to(x.dtype).transpose(1, 2))  # (L, B·T, K)
@@ -127,7 +143,10 @@ class LaneLinear(nn.Module):
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose masks depend on each lane's key alone; off while the context has no keys."""
+    """Dropout whose masks depend on each lane's key alone; off while the context has no keys.
+
+    A number's fate hangs on its place (row, token, feature), not on how wide the batch is padded.
+    """
 
     def __init__(self, rate: float, salt: int, context: LaneContext) -> None:
         """Make a dropout of `rate`; `salt` tells the dropout layers of a model apart."""
@@ -139,11 +158,14 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Zero a share `rate` of the numbers and scale up the rest."""
         keys = self.context.dropout_keys
-        if keys is None:
+        if keys is None or x.dim() > 3:  # attention probabilities keep no dropout
             return x
         keys = self.context.pick(keys) + self.salt * 7919
-        keep = hashed_uniform(keys, x.numel() // len(keys)) >= self.rate
-        return torch.where(keep.view(x.shape), x / (1 - self.rate), torch.zeros((), dtype=x.dtype, device=x.device))
+        rows, width, tokens = x.shape[0] // len(keys), x.shape[-1], x.shape[1] if x.dim() == 3 else 1
+        row, token, number = (torch.arange(n, device=x.device) for n in (rows, tokens, width))
+        place = (row.view(-1, 1, 1) * LONGEST_ROW + token.view(-1, 1)) * width + number  # (B, T, H)
+        keep = hashed_uniform(keys, place.flatten()) >= self.rate
+        return torch.where(keep.view(x.shape), x / (1 - self.rate), 0.0)
 
 
 def share_tensors(model: nn.Module) -> nn.Module:
@@ -210,7 +232,15 @@ def add_dropout(lane_model: LaneModel, rate: float) -> None:
     """Replace the model's hidden-layer dropouts by keyed ones (paper, Table 7).
 
     Attention probabilities keep no dropout: fused attention draws from a global generator.
+
+    Raises:
+        ModelError: The model applies no dropout that could be replaced.
     """
-    found = [name for name, module in lane_model.model.named_modules() if isinstance(module, nn.Dropout)]
-    for salt, name in enumerate(found):
-        replace_module(lane_model.model, name, KeyedDropout(rate, salt, lane_model.context))
+    named = list(lane_model.model.named_modules(remove_duplicate=False))
+    found = [(name, module) for name, module in named if isinstance(module, nn.Dropout)]
+    if not found:
+        raise ModelError(f"dropout={rate} would have no effect: this model applies no nn.Dropout. Leave dropout at 0.")
+    twins: dict[int, KeyedDropout] = {}
+    for name, module in found:
+        twin = twins.setdefault(id(module), KeyedDropout(rate, len(twins), lane_model.context))
+        replace_module(lane_model.model, name, twin)

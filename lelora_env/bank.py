@@ -11,6 +11,9 @@ so that the optimiser and a fork are a handful of operations whatever L and M ar
 Shapes: L lanes · M matrices · K components of a matrix · O/I out/in dim · G matrices of one shape.
 """
 
+import hashlib
+import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +23,9 @@ from lelora_env.allocation import ChoiceTable
 from lelora_env.config import AdapterConfig
 from lelora_env.matrices import MatrixInfo, linear_weight
 from lelora_env.spectra import decompose
+
+PROBE_TOLERANCE = 0.05
+"""How far two weights' projections may lie apart (1 = typical size) and still count as one weight."""
 
 SIGMA = "sigma"
 HEAD = "head"
@@ -121,6 +127,9 @@ class Spectrum:
         parametrisation: ``"usv"``, ``"sqrt"`` or ``"unit"``.
         residual: Per shape group, (G, O, I): the frozen rest W - bank.
         residual_norm2: (M,) fp64: ‖W - bank‖².
+        structure: Hash of matrix names, bank components and parametrisation.
+        probe: (M, 2) fp64: a fixed projection of each pretrained weight, normalised, and ln c; tells
+            whether trained rows belong to this model.
     """
 
     layout: Layout
@@ -130,7 +139,17 @@ class Spectrum:
     scale: Tensor
     parametrisation: str
     residual_norm2: Tensor
+    probe: Tensor
+    structure: int
     residual: list[Tensor] = field(default_factory=list)
+
+    def same_as(self, structure: int, probe: Tensor) -> bool:
+        """Whether rows trained on a spectrum with this `structure` and `probe` fit this one.
+
+        Weights that differ by rounding alone (bf16 against fp32) count as the same.
+        """
+        same = structure == self.structure and probe.shape == self.probe.shape
+        return same and bool((probe.to(self.probe) - self.probe).abs().max() < PROBE_TOLERANCE)
 
 
 def build_spectrum(
@@ -161,6 +180,8 @@ def build_spectrum(
         scale=torch.ones(len(matrices), device=weights.device),
         parametrisation=config.parametrisation,
         residual_norm2=torch.zeros(len(matrices), dtype=torch.float64, device=weights.device),
+        probe=torch.zeros(len(matrices), 2, dtype=torch.float64, device=weights.device),
+        structure=_structure(matrices, layout, config),
     )
     for group in layout.groups:
         _split_group(spectrum, group, weights, [matrices[m].name for m in group.matrices], config)
@@ -188,12 +209,28 @@ def _split_group(
     a, b = spectrum.reference[str(group.out_features)], spectrum.reference[str(group.in_features)]
     a[group.left : group.left + group.rows] = left.flatten(0, 1).float()
     b[group.right : group.right + group.rows] = right.flatten(0, 1).float()
+    spectrum.probe[members] = torch.stack([_project(stacked), spectrum.scale[members].double().log()], dim=1)
     scaled, plain = factors(spectrum.reference, group, spectrum.scale)
     for i, matrix in enumerate(group.matrices):  # one fp64 matrix at a time: memory of one, not of G
         rest = stacked[i].double() - scaled[i].double().T @ plain[i].double()
         spectrum.residual_norm2[matrix] = rest.square().sum()
         stacked[i] = rest.to(stacked.dtype)
     spectrum.residual.append(stacked)
+
+
+def _structure(matrices: list[MatrixInfo], layout: Layout, config: AdapterConfig) -> int:
+    told = [[m.name for m in matrices], [list(g.components) for g in layout.groups], config.parametrisation]
+    return int.from_bytes(hashlib.sha256(json.dumps(told).encode()).digest()[:7], "big")
+
+
+def _project(weights: Tensor) -> Tensor:
+    """aᵀWb of each weight (G, O, I) for fixed a and b, over its typical size: (G,) fp64."""
+    out, into = (torch.arange(n, dtype=torch.float64, device=weights.device) for n in weights.shape[1:])
+    a, b = torch.cos(1.7 * out + 0.3), torch.cos(2.3 * into + 0.9)
+    value = torch.stack([a @ (w.double() @ b) for w in weights])
+    norm = torch.stack([w.double().norm() for w in weights]).clamp_min(1e-300)
+    typical: Tensor = norm * a.norm() * b.norm() / math.sqrt(len(a) * len(b))
+    return value / typical
 
 
 def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +308,7 @@ class Bank:
         parameter = self.rows[buffer]
         assert parameter.grad is not None
         if buffer == HEAD:
-            count = int(torch.tensor(shape).prod())
+            count = math.prod(shape)
             values = parameter.detach()[:, 0, start : start + count].unflatten(1, shape)
             grads = parameter.grad[:, 0, start : start + count].unflatten(1, shape)
         else:

@@ -10,6 +10,8 @@ Shapes: L lanes · B rows per batch and lane · N rows · T tokens.
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +35,20 @@ def row_lengths(rows: Rows) -> np.ndarray:
     return rows["attention_mask"].sum(1).cpu().numpy().astype(np.int64)
 
 
+def is_sequence(name: str, column: Tensor, mask: Tensor) -> bool:
+    """Whether a column goes along the tokens; see `lelora_env.tasks.base.Rows`."""
+    if column.shape[:2] != mask.shape:
+        return False
+    whole = not column.is_floating_point()
+    return name.endswith(("_ids", "_mask", "_embeds")) or (name == "labels" and whole and column.dim() == 2)
+
+
 def take_rows(rows: Rows, index: Tensor, width: int) -> Rows:
     """Rows by index, sequence columns cut to `width` tokens (0 = uncut)."""
-    full = rows["attention_mask"].shape[1] if "attention_mask" in rows else 0
-    cut = {name: c[:, :width] if width and c.dim() > 1 and c.shape[1] == full else c for name, c in rows.items()}
-    return {name: column[index] for name, column in cut.items()}
+    mask = rows.get("attention_mask")
+    if not width or mask is None:
+        return {name: column[index] for name, column in rows.items()}
+    return {name: (c[:, :width] if is_sequence(name, c, mask) else c)[index] for name, c in rows.items()}
 
 
 def rounded(width: int) -> int:
@@ -56,6 +67,23 @@ class Batch:
 
     rows: Rows
     weight: Tensor
+
+
+class _Recent:
+    """The most recently used draws, by what they are a function of; lanes with the same key share one."""
+
+    def __init__(self) -> None:
+        self.size = 2
+        self._draws: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+
+    def get(self, key: tuple[int, ...], draw: Callable[..., np.ndarray]) -> np.ndarray:
+        """``draw(*key)``, remembered until `size` other keys have been asked for."""
+        if key not in self._draws:
+            self._draws[key] = draw(*key)
+        self._draws.move_to_end(key)
+        while len(self._draws) > self.size:
+            self._draws.popitem(last=False)
+        return self._draws[key]
 
 
 class Batches:
@@ -78,8 +106,7 @@ class Batches:
         widths = sorted({min(rounded(int(q)), self.full_width) for q in quantiles})
         self.bucket_rows = self._sort_into(widths, lengths)
         self.batch_widths = self._plan(widths)
-        self._epochs: dict[int, tuple[tuple[int, int, int], np.ndarray]] = {}
-        self._widths: dict[int, np.ndarray] = {}
+        self._drawn, self._orders = _Recent(), _Recent()
 
     @staticmethod
     def _sort_into(widths: list[int], lengths: np.ndarray) -> list[np.ndarray]:
@@ -100,30 +127,29 @@ class Batches:
         return len(self.batch_widths)
 
     def _order(self, epoch: int) -> np.ndarray:
+        return self._orders.get((epoch,), self._draw_order)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
         order: np.ndarray = generator(self.split_seed, Purpose.SCHEDULE, epoch).permutation(self.per_epoch)
         return order
 
     def width(self, step: int) -> int:
         """Tokens per row at optimiser step `step` of an episode, the same in every lane."""
         epoch, at = divmod(step, self.per_epoch)
-        if epoch not in self._widths:
-            self._widths = {epoch: self.batch_widths[self._order(epoch)]}
-        return int(self._widths[epoch][at])
+        return int(self.batch_widths[self._order(epoch)[at]])
 
     def indices(self, lane: int, seed: int, episode: int, step: int) -> np.ndarray:
         """Row indices (B,) of one lane's batch; -1 marks filling.
 
         Args:
-            lane: Only names the cache slot; it does not enter the draw.
+            lane: Only tells how many lanes there are, for the cache; it does not enter the draw.
             seed: The lane's seed.
             episode: The lane's episode.
             step: Optimiser step within the episode.
         """
         epoch, at = divmod(step, self.per_epoch)
-        key = (seed, episode, epoch)
-        if lane not in self._epochs or self._epochs[lane][0] != key:
-            self._epochs[lane] = (key, self._draw_epoch(*key))
-        drawn: np.ndarray = self._epochs[lane][1][at]
+        self._drawn.size = self._orders.size = max(self._drawn.size, 2 * (lane + 1))
+        drawn: np.ndarray = self._drawn.get((seed, episode, epoch), self._draw_epoch)[at]
         return drawn
 
     def _draw_epoch(self, seed: int, episode: int, epoch: int) -> np.ndarray:

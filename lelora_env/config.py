@@ -5,8 +5,13 @@ it is trained, rewarded and observed. A new knob goes here and nowhere else.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
@@ -20,14 +25,63 @@ EXTRA_FEATURES = ("relative_depth", "grad_norm", "update_norm")
 """Optional observation columns that ``EnvConfig.extra_features`` may name."""
 
 
+Bounds = tuple[str, Callable[[float], bool]]
+_POSITIVE: Bounds = ("a positive number", lambda x: x > 0)
+_AT_LEAST_0: Bounds = ("a number of at least 0", lambda x: x >= 0)
+_SHARE: Bounds = ("in [0, 1)", lambda x: 0 <= x < 1)
+
+_NUMBERS = {"learning_rate": _POSITIVE, "adam_eps": _POSITIVE, "weight_decay": _AT_LEAST_0, "alpha": _AT_LEAST_0,
+            "rank_cost": _AT_LEAST_0, "warmup": _SHARE, "dropout": _SHARE}
+_INTEGERS = {"horizon": 1, "steps_per_action": 1, "batch_size": 1, "accumulate": 1, "reward_size": 1, "tune_size": 0,
+             "split_seed": 0}
+"""The least value of every field that is an integer."""
+
+
 def _require(ok: bool, field: str, value: object, rule: str) -> None:
     if not ok:
         raise LeLoRAError(f"{field} must be {rule} (got {value!r})")
 
 
-def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
+def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
         raise UnknownNameError(field, str(value), known)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _integer(field: str, value: Any, least: int) -> int:
+    _require(_is_integer(value) and value >= least, field, value, f"an integer of at least {least}")
+    return int(value)
+
+
+def _number(field: str, value: Any, rule: str, fits: Callable[[float], bool]) -> float:
+    _require(_is_integer(value) or isinstance(value, float | np.floating), field, value, rule)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    _require(math.isfinite(number) and fits(number), field, value, rule)
+    return number
+
+
+def _entries(field: str, value: Any, rule: str) -> tuple[Any, ...]:
+    """The entries of a list, tuple, range, array or comma-separated string, as plain Python values."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    listed = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, list | tuple | range)
+    _require(listed, field, value, rule)
+    return tuple(x.item() if isinstance(x, np.generic) else x for x in value)
+
+
+def _device(value: object) -> str:
+    try:
+        torch.device(str(value))
+    except RuntimeError:
+        rule = "a torch device or its name, such as 'cpu', 'cuda' or 'cuda:1'"
+        raise LeLoRAError(f"device must be {rule} (got {value!r})") from None
+    return str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +93,10 @@ class AdapterConfig:
             ``"attention"``, ``"all-linear"``, ``"query,value"``, ``"query,key,value,up,down"``
             (a comma-separated list of matrix *types* works on every supported model family).
         rank_set: The ranks an action may choose from, ascending; 0 leaves a matrix untouched
-            (paper, Tables 5-7).
+            (paper, Tables 5-7). Any list, tuple, range or array of integers.
         locations: Where in the spectrum the components may be taken: ``"primary"``, ``"medium"``,
-            ``"minor"`` (paper: 0, m/2, m), or fractions of the spectrum in [0, 1].
+            ``"minor"`` (paper: 0, m/2, m), or fractions of the spectrum in [0, 1] that differ in
+            their first six digits. One string may hold several names: ``"primary,minor"``.
         parametrisation: ``"usv"`` trains u, σ and v as the paper writes them; ``"sqrt"`` splits
             √σ over both vectors (as PiSSA); ``"unit"`` trains unit directions times one constant
             per matrix, so that equal steps mean equal changes everywhere in the spectrum.
@@ -55,20 +110,32 @@ class AdapterConfig:
     unit_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("target_modules", "rank_set", "locations"):
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
-        ranks = self.rank_set
-        _require(bool(ranks) and all(isinstance(r, int) and not isinstance(r, bool) for r in ranks),
-                 "rank_set", ranks, "a non-empty list of integers, such as (0, 2, 4, 8)")
+        put = partial(object.__setattr__, self)
+        put("target_modules", self._targets(self.target_modules))
+        rule = "a non-empty list of integers, such as (0, 2, 4, 8)"
+        ranks = _entries("rank_set", self.rank_set, rule)
+        _require(bool(ranks) and all(_is_integer(r) for r in ranks), "rank_set", self.rank_set, rule)
         _require(list(ranks) == sorted(set(ranks)) and ranks[0] >= 0 and ranks[-1] >= 1,
                  "rank_set", ranks, "ascending, without repeats, from 0 up, with at least one rank above 0")
-        _require(bool(self.locations), "locations", self.locations, "non-empty")
-        fractions = [self._fraction(location) for location in self.locations]
-        _require(len(set(fractions)) == len(fractions), "locations", self.locations, "without repeats")
+        put("rank_set", ranks)
+        locations = _entries("locations", self.locations, "a list of names and fractions, such as ('primary', 0.25)")
+        _require(bool(locations), "locations", self.locations, "non-empty")
+        put("locations", tuple(x if isinstance(x, str) else self._fraction(x) for x in locations))
+        for told_apart in (self.location_fractions, self.location_names):
+            _require(len(set(told_apart)) == len(locations), "locations", self.locations,
+                     f"without repeats in where they lie and in what they are called {self.location_names}")
         _one_of("parametrisation", self.parametrisation, ("usv", "sqrt", "unit"))
-        scale = self.unit_scale
-        _require(scale is None or (math.isfinite(scale) and scale > 0), "unit_scale", scale, "positive")
+        if self.unit_scale is not None:
+            put("unit_scale", _number("unit_scale", self.unit_scale, *_POSITIVE))
+
+    @staticmethod
+    def _targets(value: Any) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return value
+        rule = "a string, or a list of strings, such as 'query,value'"
+        names = _entries("target_modules", value, rule)
+        _require(all(isinstance(name, str) for name in names), "target_modules", value, rule)
+        return names
 
     @staticmethod
     def _fraction(location: LocationSpec) -> float:
@@ -77,9 +144,8 @@ class AdapterConfig:
                 raise UnknownNameError("location", location, NAMED_LOCATIONS,
                                        "A number in [0, 1], a fraction of the spectrum, works too.")
             return NAMED_LOCATIONS[location]
-        _require(isinstance(location, int | float) and 0 <= location <= 1, "locations", location,
-                 "a name or a fraction of the spectrum in [0, 1]")
-        return float(location)
+        rule = "a name or a fraction of the spectrum in [0, 1]"
+        return _number("locations", location, rule, lambda x: 0 <= x <= 1) + 0.0  # turns -0.0 into 0.0
 
     @property
     def max_rank(self) -> int:
@@ -110,7 +176,8 @@ class EnvConfig:
         learning_rate: Peak learning rate of the bank (AdamW).
         head_learning_rate: Peak learning rate of the task head; ``None`` = ``learning_rate``.
         warmup: Share of all optimiser steps with linear warm-up, in [0, 1); linear decay to 0 after.
-        weight_decay: AdamW decay towards the *pretrained* components (never towards 0).
+        weight_decay: AdamW decay. It draws the bank towards the *pretrained* components (never
+            towards 0), and the head towards 0, as in ordinary AdamW.
         betas: AdamW's (β1, β2), each in [0, 1).
         adam_eps: AdamW's ε.
         max_grad_norm: Per-lane gradient clipping over active components and head; ``None`` = off.
@@ -119,16 +186,17 @@ class EnvConfig:
         rank_cost: λ of the optional price -λ·(trained fraction of the adaptable weights).
         reward_size: Rows of the fixed reward batch, taken out of the training rows.
         tune_size: Rows of the ``tune`` split, taken out of the training rows.
-        split_seed: Seed of the train / reward / tune split and of the shared length schedule.
+        split_seed: Seed of the train / reward / tune split and of the shared length schedule, >= 0.
         spectrum: Singular values per matrix in the observation: a number of points of the
             resampled spectrum, or ``"full"``.
         raw_observation: ``True`` gives plain norms and singular values instead of scaled ones.
-        extra_features: Optional observation columns, any of ``EXTRA_FEATURES``.
+        extra_features: Optional observation columns, any of ``EXTRA_FEATURES``, each once. One
+            string may hold several names: ``"grad_norm,update_norm"``.
         common_random_numbers: ``True`` keys data order, dropout and head start without the lane.
         dtype: Type of the frozen model, ``"float32"`` or ``"bfloat16"``; the bank is always fp32.
             ``None`` takes a module's own type, and fp32 for a model loaded by path.
-        device: Torch device name. ``None`` takes a module's own device, and the GPU when there is
-            one for a model loaded by path.
+        device: Torch device, kept by its name. ``None`` takes a module's own device, and the GPU
+            when there is one for a model loaded by path.
         cuda_graphs: On CUDA, record a step's kernels once and replay them (same numbers, several
             times faster for small models); ``False`` launches them one by one.
     """
@@ -159,39 +227,41 @@ class EnvConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("betas", "extra_features"):
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field in ("horizon", "steps_per_action", "batch_size", "accumulate", "reward_size"):
-            value = getattr(self, field)
-            _require(isinstance(value, int) and value >= 1, field, value, "an integer of at least 1")
-        _require(isinstance(self.tune_size, int) and self.tune_size >= 0, "tune_size", self.tune_size,
-                 "an integer of at least 0")
+        put = partial(object.__setattr__, self)
+        for field, least in _INTEGERS.items():
+            put(field, _integer(field, getattr(self, field), least))
         _require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,
                  f"a divisor of batch_size ({self.batch_size})")
-        for field in ("learning_rate", "adam_eps"):
+        for field, bounds in _NUMBERS.items():
+            put(field, _number(field, getattr(self, field), *bounds))
+        for field in ("head_learning_rate", "max_grad_norm"):
+            if getattr(self, field) is not None:
+                put(field, _number(field, getattr(self, field), "a positive number or None", _POSITIVE[1]))
+        for field in ("raw_observation", "common_random_numbers", "cuda_graphs"):
             value = getattr(self, field)
-            _require(math.isfinite(value) and value > 0, field, value, "a positive number")
-        head = self.head_learning_rate
-        _require(head is None or (math.isfinite(head) and head > 0), "head_learning_rate", head,
-                 "a positive number or None")
-        for field in ("weight_decay", "alpha", "rank_cost"):
-            value = getattr(self, field)
-            _require(math.isfinite(value) and value >= 0, field, value, "a number of at least 0")
-        for field in ("warmup", "dropout"):
-            value = getattr(self, field)
-            _require(0 <= value < 1, field, value, "in [0, 1)")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas,
-                 "two numbers in [0, 1)")
-        clip = self.max_grad_norm
-        _require(clip is None or clip > 0, "max_grad_norm", clip, "positive, or None for no clipping")
-        points = self.spectrum
-        _require(points == "full" or (isinstance(points, int) and points >= 2), "spectrum", points,
-                 "'full' or a number of points of at least 2")
-        for name in self.extra_features:
-            _one_of("extra feature", name, EXTRA_FEATURES)
+            _require(isinstance(value, bool | np.bool_), field, value, "True or False")
+            put(field, bool(value))
+        betas = _entries("betas", self.betas, "two numbers in [0, 1)")
+        _require(len(betas) == 2, "betas", self.betas, "two numbers in [0, 1)")
+        put("betas", tuple(_number("betas", beta, "two numbers in [0, 1)", _SHARE[1]) for beta in betas))
+        self._check_observation()
         if self.dtype is not None:
             _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.device is not None:
+            put("device", _device(self.device))
+
+    def _check_observation(self) -> None:
+        points = self.spectrum
+        if not isinstance(points, str):
+            _require(_is_integer(points) and points >= 2, "spectrum", points, "'full' or a number of at least 2 points")
+            object.__setattr__(self, "spectrum", int(points))
+        else:
+            _require(points == "full", "spectrum", points, "'full' or a number of at least 2 points")
+        extras = _entries("extra_features", self.extra_features, "a list of names, such as ('grad_norm',)")
+        for name in extras:
+            _one_of("extra feature", name, EXTRA_FEATURES)
+        _require(len(set(extras)) == len(extras), "extra_features", self.extra_features, "without repeats")
+        object.__setattr__(self, "extra_features", extras)
 
     @property
     def total_steps(self) -> int:

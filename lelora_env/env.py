@@ -149,7 +149,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start a fine-tuning run; see the class. Returns the observation (M, F) and info."""
         super().reset(seed=seed)
-        if seed is None and not self._lanes.seeded:
+        if seed is None and not self._lanes.seeded and self._lanes.instance is None:
             seed = int(self.np_random.integers(2**31))
         observation, infos = self._lanes.reset(seed=seed)
         return observation[0].copy(), _first(infos)

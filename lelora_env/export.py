@@ -97,7 +97,7 @@ def save_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> P
     Raises:
         LeLoRAError: The folder cannot be written to.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tuner, folder = env.tuner, Path(folder)
     tensors = {f"rows.{n}": p.detach()[lane].cpu().contiguous() for n, p in tuner.bank.rows.items()}
@@ -107,16 +107,12 @@ def save_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> P
         "adapter": asdict(env.adapter_config),
         "matrices": [asdict(m) for m in env.matrices],
         "task": env.task.name,
-        "fingerprint": _fingerprint(tuner),
+        "structure": tuner.base.spectrum.structure,
+        "probe": tuner.base.spectrum.probe.cpu().tolist(),
     }
-    write_atomically(folder / "adapter.safetensors", lambda path: save_file(tensors, path))
+    write_atomically(folder / "adapter.safetensors", lambda path: path.write_bytes(save(tensors)))
     write_atomically(folder / "adapter.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
     return folder / "adapter.safetensors"
-
-
-def _fingerprint(tuner: FineTuner) -> list[float]:
-    """Frobenius norms of the pretrained matrices: tells whether an adapter belongs to a model."""
-    return [round(float(x), 4) for x in tuner.base.spectrum.singular_values.double().square().sum(1).sqrt()]
 
 
 def load_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> None:
@@ -135,24 +131,28 @@ def load_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> N
     except (OSError, ValueError, SafetensorError) as error:
         raise LeLoRAError(f"no readable adapter in {folder}: {error}. It needs adapter.json and adapter.safetensors as "
                           "save_adapter writes them.") from error
-    _check_adapter(about, tensors, env)
-    with torch.no_grad():
-        for name, parameter in env.tuner.bank.rows.items():
-            parameter[lane].copy_(tensors[f"rows.{name}"])
+    try:
+        rows = _checked_rows(about, tensors, env)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LeLoRAError(f"no readable adapter in {folder}: adapter.json lacks or garbles {error}.") from error
+    env.put_rows(rows, lane)
 
 
-def _check_adapter(about: Mapping[str, Any], tensors: dict[str, Tensor], env: "LeLoRAVectorEnv") -> None:
-    if about.get("format") != FORMAT or int(about.get("version", 0)) > FORMAT_VERSION:
-        raise LeLoRAError(f"not an adapter this version reads (format {about.get('format')!r}, version "
-                          f"{about.get('version')!r}; expected {FORMAT!r} up to {FORMAT_VERSION}). Update the package.")
-    fitting = all(
-        f"rows.{name}" in tensors and tensors[f"rows.{name}"].shape == p.shape[1:]
-        for name, p in env.tuner.bank.rows.items()
-    )
-    if not fitting or about["adapter"]["parametrisation"] != env.adapter_config.parametrisation:
-        raise ModelError("the adapter was trained with another model, rank_set, locations, parametrisation or head.")
-    ours = torch.tensor(_fingerprint(env.tuner))
-    if not torch.allclose(ours, torch.tensor(about["fingerprint"]), rtol=1e-3):
-        raise ModelError("the adapter was trained on other pretrained weights than this model has.")
-
-
+def _checked_rows(about: Mapping[str, Any], tensors: dict[str, Tensor], env: "LeLoRAVectorEnv") -> dict[str, Tensor]:
+    version = about.get("version")
+    if about.get("format") != FORMAT or not isinstance(version, int) or version > FORMAT_VERSION:
+        raise LeLoRAError(f"not an adapter this version reads (format {about.get('format')!r}, version {version!r}; "
+                          f"expected {FORMAT!r} up to {FORMAT_VERSION}). Update the package.")
+    rows = {}
+    for name, parameter in env.tuner.bank.rows.items():
+        found = tensors.get(f"rows.{name}")
+        if found is None or found.shape != parameter.shape[1:]:
+            raise ModelError("the adapter was trained with another model, rank_set, locations, parametrisation or "
+                             "head.")
+        if not found.isfinite().all():
+            raise ModelError("the adapter holds numbers that are not finite.")
+        rows[name] = found
+    if not env.tuner.base.spectrum.same_as(about["structure"], torch.tensor(about["probe"])):
+        raise ModelError("the adapter was trained with another model, locations or parametrisation, or on other "
+                         "pretrained weights than this model has.")
+    return rows

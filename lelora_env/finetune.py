@@ -35,20 +35,31 @@ from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
 
+LOGITS_BUDGET = 2**28
+"""Largest number of logits in a forward pass without gradients."""
+
 FORWARD_ROWS = 64
 """Rows per lane in one forward pass without gradients."""
 
 
-def attach(base: Base, dropout: float) -> LaneModel:
-    """Give a model's matrices and heads lane layers, over the same frozen tensors."""
+def attach(base: Base, dropout: float, pad_token_id: int | None) -> LaneModel:
+    """Give a model's matrices and heads lane layers, over the same frozen tensors.
+
+    Args:
+        base: The decomposed model.
+        dropout: Rate of its hidden-layer dropouts.
+        pad_token_id: For a config that names none.
+    """
     context = LaneContext()
     root = share_tensors(base.model)
     config = getattr(root, "config", None)
     if config is not None and getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = base.pad_token_id  # a copy of the config: the model itself keeps its own
+        config.pad_token_id = pad_token_id  # a copy of the config: the model itself keeps its own
     lane_model = LaneModel(root, context)
     where = {m: (group, i) for group, g in enumerate(base.spectrum.layout.groups) for i, m in enumerate(g.matrices)}
     for index, matrix in enumerate(base.matrices):
+        if not matrix.name:
+            raise ModelError("the model is a single linear layer; wrap it, as in nn.Sequential(layer).")
         group, place = where[index]
         bias = getattr(root.get_submodule(matrix.name), "bias", None)
         layer = SpectralLinear(matrix.name, base.spectrum.residual[group][place], bias, context)
@@ -81,7 +92,9 @@ class FineTuner:
     on its own seed, episode and masks only.
     """
 
-    def __init__(self, base: Base, task: Task, splits: Splits, config: EnvConfig, lanes: int) -> None:
+    def __init__(
+        self, base: Base, task: Task, splits: Splits, config: EnvConfig, lanes: int, pad_token_id: int | None = None
+    ) -> None:
         """Allocate all lanes; `start` puts a lane at the beginning of a run.
 
         Args:
@@ -90,8 +103,13 @@ class FineTuner:
             splits: The task's rows.
             config: Optimiser, batch and split settings.
             lanes: L.
+            pad_token_id: Pad token of the tokenizer, for models whose config names none.
+
+        Raises:
+            ModelError: A matrix that the model's forward pass never uses.
         """
         self.base, self.task, self.config, self.lanes = base, task, config, lanes
+        self.pad_token_id = pad_token_id
         self.device = base.device
         self.splits = Splits(
             **{name: self._to_device(splits[name]) for name in SPLIT_NAMES},
@@ -99,7 +117,7 @@ class FineTuner:
             notes=splits.notes,
         )
         self.batches = Batches(self.splits.train, config.batch_size, config.split_seed)
-        self.lane_model = attach(base, config.dropout)
+        self.lane_model = attach(base, config.dropout, pad_token_id)
         self.bank = Bank(base.spectrum, lanes, self.lane_model.head_size)
         self._bind()
         self.optimiser = self._make_optimiser()
@@ -109,6 +127,43 @@ class FineTuner:
         self.active = np.ones(lanes, dtype=bool)
         self._reward_rows = self._trimmed(self.splits.reward)
         self._allocate_inputs()
+        self.looped = self.lanes > 1 and not self._lanes_can_share()
+        self._check_every_layer_is_called()
+
+    @torch.no_grad()
+    def _leading_sizes(self, rows: int) -> dict[str, list[int]]:
+        """First dimensions of every adapted layer's inputs for a batch of `rows` rows per lane."""
+        context = self.lane_model.context
+        context.leading = {}
+        try:
+            index = torch.zeros(self.lanes * rows, dtype=torch.int64, device=self.device)
+            self._call(take_rows(self._reward_rows, index, 0))
+            return context.leading
+        finally:
+            context.leading = None
+
+    def _lanes_can_share(self) -> bool:
+        """Whether every adapted layer sees a batch that grows with the rows, lane by lane.
+
+        Some models (DeBERTa) also put tensors without a batch dimension through their layers; their
+        lanes run one at a time.
+        """
+        self.looped = False
+        try:
+            one, two = self._leading_sizes(1), self._leading_sizes(2)
+        except (RuntimeError, ModelError):
+            return False
+        whole = all(size % self.lanes == 0 for sizes in one.values() for size in sizes)
+        return whole and two == {name: [2 * size for size in sizes] for name, sizes in one.items()}
+
+    def _check_every_layer_is_called(self) -> None:
+        with self.lane_model.context.using(lane=0):
+            called = self._leading_sizes(1)
+        unused = [layer.name for layer in self.lane_model.spectral if layer.name not in called]
+        if unused:
+            raise ModelError(f"the model's forward pass never calls {unused[0]!r} ({len(unused)} such layers): its "
+                             "weight is read directly, or it is reached past the module tree. Leave it out of "
+                             "target_modules.")
 
     @property
     def captures(self) -> bool:
@@ -117,7 +172,9 @@ class FineTuner:
 
     def _allocate_inputs(self) -> None:
         """The static tensors that steps read and write, so that they can be captured."""
-        self.losses, self.grad_norm, self.learning_rate, self._factor = torch.zeros(4, self.lanes, device=self.device)
+        lanes = torch.zeros(5, self.lanes, device=self.device)
+        self.losses, self.grad_norm, self.learning_rate, self._factor, self.weight = lanes
+        self.weight.fill_(1)
         self._indices = torch.zeros(self.lanes, self.config.batch_size, dtype=torch.int64, device=self.device)
         self._dropout_keys: Tensor | None = None
         if self.config.dropout:
@@ -180,6 +237,19 @@ class FineTuner:
                 self.bank.rows[HEAD][lane, 0].copy_(self._head_start(seed, episode))
         self.seeds[lane], self.episodes[lane], self.steps[lane] = seed, episode, 0
 
+    def put_rows(self, lane: int, rows: dict[str, Tensor]) -> None:
+        """Replace a lane's trained numbers and forget its moments; clock and data order stay.
+
+        Args:
+            lane: Which lane.
+            rows: Per buffer, (N, D).
+        """
+        with torch.no_grad():
+            for name, parameter in self.bank.rows.items():
+                parameter[lane].copy_(rows[name])
+                for key in OWN_STATE:
+                    self.optimiser.state[parameter][key][lane].zero_()
+
     def _head_start(self, seed: int, episode: int) -> Tensor:
         """A head's first numbers (H,): the checkpoint's where it has them, N(0, 0.02²) otherwise."""
         rng = torch_generator(seed, Purpose.HEAD, episode)
@@ -240,20 +310,19 @@ class FineTuner:
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
-            if self._dropout_keys is not None:
-                self.lane_model.context.dropout_keys = self._dropout_keys[part]
-            row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
-            lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
-            _backward(lane_total.sum())
+            keys = None if self._dropout_keys is None else self._dropout_keys[part]
+            with self.lane_model.context.using(dropout_keys=keys):
+                row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
+                lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
+                _backward(lane_total.sum())
             total += lane_total.detach()
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
-        self.lane_model.context.dropout_keys = None
-        weight = weight.clamp_min(1e-30)
-        self.losses.add_(total / weight)
+        self.weight.copy_(weight.clamp_min(1e-30))
+        self.losses.add_(total / self.weight)
         for name, group in zip(self.bank.rows, self.optimiser.param_groups, strict=True):
             group["lr"].copy_(self._peak(name) * self._factor)
         self.learning_rate.copy_(self.config.learning_rate * self._factor)
-        self.grad_norm.copy_(self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / weight))
+        self.grad_norm.copy_(self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / self.weight))
         self.optimiser.step()
 
     def _peak(self, buffer: str) -> float:
@@ -285,16 +354,16 @@ class FineTuner:
 
     def forward(self, rows: Rows) -> Tensor:
         """The model's output for lane-major rows, (L·B, ...)."""
-        context = self.lane_model.context
-        if not self.base.looped or self.lanes == 1:
+        if not self.looped:
             return self._call(rows)
         size = len(next(iter(rows.values()))) // self.lanes
-        outputs = []
-        for lane in range(self.lanes):
-            context.lane = lane
-            outputs.append(self._call({k: v[lane * size : (lane + 1) * size] for k, v in rows.items()}))
-        context.lane = None
-        return torch.cat(outputs)
+        parts = [{k: v[lane * size : (lane + 1) * size] for k, v in rows.items()} for lane in range(self.lanes)]
+        return torch.cat([self._call_lane(lane, part) for lane, part in enumerate(parts)])
+
+    def _call_lane(self, lane: int, rows: Rows) -> Tensor:
+        context = self.lane_model.context
+        with context.using(lane=lane, dropout_keys=context.dropout_keys):
+            return self._call(rows)
 
     def _call(self, rows: Rows) -> Tensor:
         inputs = {name: rows[name] for name in self.task.inputs if name in rows}
@@ -305,17 +374,31 @@ class FineTuner:
         return {name: c.repeat(self.lanes, *[1] * (c.dim() - 1)) for name, c in rows.items()}
 
     @torch.no_grad()
-    def reward_loss(self) -> Tensor:
-        """Loss of every lane on the fixed reward rows, in evaluation mode: (L,) (L1 of Eq. 2)."""
-        count = len(next(iter(self._reward_rows.values())))
-        total = torch.zeros(self.lanes, device=self.device)
-        weight = torch.zeros(self.lanes, device=self.device)
-        for start in range(0, count, FORWARD_ROWS):
-            part = self._in_every_lane({k: v[start : start + FORWARD_ROWS] for k, v in self._reward_rows.items()})
-            row_total, row_weight = self.task.loss(self.forward(part), part)
-            total += row_total.view(self.lanes, -1).sum(1)
-            weight += row_weight.view(self.lanes, -1).sum(1)
-        return total / weight
+    def reward_loss(self, lane: int | None = None) -> Tensor:
+        """Loss on the fixed reward rows, in evaluation mode (L1 of Eq. 2).
+
+        Args:
+            lane: Only this lane's, (1,); ``None`` = every lane's, (L,).
+        """
+        lanes = self.lanes if lane is None else 1
+        total, weight = torch.zeros(2, lanes, device=self.device)
+        size = self._rows_at_once(self._reward_rows, lanes)
+        for start in range(0, len(next(iter(self._reward_rows.values()))), size):
+            part = {k: v[start : start + size] for k, v in self._reward_rows.items()}
+            rows = self._in_every_lane(part) if lane is None else part
+            output = self.forward(rows) if lane is None else self._call_lane(lane, rows)
+            row_total, row_weight = self.task.loss(output, rows)
+            total += row_total.view(lanes, -1).sum(1)
+            weight += row_weight.view(lanes, -1).sum(1)
+        mean: Tensor = total / weight
+        return mean
+
+    def _rows_at_once(self, rows: Rows, lanes: int) -> int:
+        """Rows per lane in a forward pass without gradients, so that logits stay within a budget."""
+        vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", 1)
+        if self.task.head != "causal-lm" or "input_ids" not in rows:
+            return FORWARD_ROWS
+        return max(1, min(FORWARD_ROWS, LOGITS_BUDGET // (lanes * rows["input_ids"].shape[1] * vocabulary)))
 
     @torch.no_grad()
     def evaluate(self, split: str) -> list[dict[str, float]]:
@@ -330,8 +413,9 @@ class FineTuner:
             raise ModelError(f"the split {split!r} has no rows; give it some (for tune: tune_size > 0).")
         order = np.argsort(lengths, kind="stable")
         parts = []
-        for start in range(0, len(order), FORWARD_ROWS):
-            chosen = order[start : start + FORWARD_ROWS]
+        size = self._rows_at_once(rows, self.lanes)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             part = take_rows(rows, torch.from_numpy(chosen).to(self.device), rounded(int(lengths[chosen].max())))
             repeated = self._in_every_lane(part)
             predicted = self.task.predict(self.forward(repeated), repeated)
@@ -344,24 +428,51 @@ class FineTuner:
 
     @torch.no_grad()
     def matrix_grad_norms(self) -> Tensor:
-        """Norm of the last gradient of every matrix's whole bank, (L, M), before clipping and masks."""
+        """Norm of the last gradient of the mean loss by every matrix's bank, (L, M), before clipping and masks."""
         square = torch.zeros(self.lanes, len(self.base.matrices), device=self.device)
         for name, owner in self.base.spectrum.layout.row_matrix.items():
             gradient = self.bank.rows[name].grad
             assert gradient is not None
             square.index_add_(1, owner, gradient.square().sum(-1))
-        return square.sqrt()
+        norms: Tensor = square.sqrt() / self.weight.unsqueeze(1)
+        return norms
 
     # ------------------------------------------------------------------ state
 
     def get_state(self, lane: int) -> dict[str, Tensor]:
         """A copy of everything that is one lane's own, as plain tensors by name."""
-        state = {"finetune.clock": torch.tensor([self.seeds[lane], self.episodes[lane], self.steps[lane]])}
+        clock = torch.tensor([int(x[lane]) for x in (self.seeds, self.episodes, self.steps)])
+        spectrum = self.base.spectrum
+        return {
+            "finetune.clock": clock,
+            "finetune.structure": torch.tensor(spectrum.structure),
+            "finetune.probe": spectrum.probe.clone(),
+            **{name: value.clone() for name, value in self._lane_tensors(lane).items()},
+        }
+
+    def _lane_tensors(self, lane: int) -> dict[str, Tensor]:
+        """Views of everything that one lane owns, by name."""
+        tensors = {}
         for name, parameter in self.bank.rows.items():
-            state[f"rows.{name}"] = parameter.detach()[lane].clone()
+            tensors[f"rows.{name}"] = parameter.detach()[lane]
             for key in OWN_STATE:
-                state[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane].clone()
-        return state
+                tensors[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane]
+        return tensors
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """See whether `set_state` would take a state; changes nothing.
+
+        Raises:
+            ModelError: It belongs to another model, bank or head.
+        """
+        marks = {"finetune.clock": torch.zeros(3), "finetune.structure": torch.tensor(0)}
+        for key, target in {**marks, "finetune.probe": self.base.spectrum.probe, **self._lane_tensors(0)}.items():
+            if key not in state or state[key].shape != target.shape:
+                raise ModelError(f"this state does not fit: {key!r} is missing or has another shape. It was taken from "
+                                 "an environment with another model, rank_set or head.")
+        if not self.base.spectrum.same_as(int(state["finetune.structure"]), state["finetune.probe"]):
+            raise ModelError("this state does not fit: it was taken from other pretrained weights, another bank or "
+                             "another parametrisation.")
 
     def set_state(self, lane: int, state: dict[str, Tensor]) -> None:
         """Put a state taken by `get_state` into a lane, bitwise.
@@ -369,15 +480,9 @@ class FineTuner:
         Raises:
             ModelError: The state belongs to another model, adapter or head.
         """
+        targets = self._lane_tensors(lane)
+        self.check_state(state)
         with torch.no_grad():
-            targets = {f"rows.{name}": p[lane] for name, p in self.bank.rows.items()}
-            for name, parameter in self.bank.rows.items():
-                for key in OWN_STATE:
-                    targets[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane]
-            for key, target in targets.items():
-                if key not in state or state[key].shape != target.shape:
-                    raise ModelError(f"this state does not fit: {key!r} is missing or has another shape. It was "
-                                     "taken from an environment with another model, rank_set or head.")
             for key, target in targets.items():
                 target.copy_(state[key])
         self.seeds[lane], self.episodes[lane], self.steps[lane] = (int(x) for x in state["finetune.clock"])

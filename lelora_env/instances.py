@@ -114,8 +114,10 @@ def find_instance(name: str) -> Instance:
     return INSTANCES[name]
 
 
-def resolve_instance(name: str, model: Any, task: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, task and options that an instance stands for.
+def resolve_instance(
+    name: str, model: Any, task: Any, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any], int]:
+    """The model, task, options and first seed that an instance stands for.
 
     Raises:
         LeLoRAError: Arguments that would change what the instance fixes.
@@ -126,7 +128,7 @@ def resolve_instance(name: str, model: Any, task: Any, options: dict[str, Any]) 
         raise LeLoRAError(f"the instance {name!r} fixes the problem, so {', '.join(clash)} cannot be given beside it. "
                           f"Leave it out, or spell the problem out without instance= . Free: {sorted(FREE_OPTIONS)}.")
     made = PlantedTask(**instance.planted) if instance.planted else instance.task
-    return instance.model, made, {**instance.options, **options}
+    return instance.model, made, {**instance.options, **options}, instance.seed
 
 
 class CycleInstances(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):

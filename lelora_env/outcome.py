@@ -89,13 +89,19 @@ class Measurement:
         )
 
     @torch.no_grad()
+    def observe(self, progress: np.ndarray) -> np.ndarray:
+        """The observation alone, (L, M, F)."""
+        self.progress.copy_(torch.from_numpy(progress))
+        return self.observer.observe(dict(self.tuner.bank.rows), self.progress, self.extras).cpu().numpy()
+
+    @torch.no_grad()
     def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
         tuner = self.tuner
         rows: dict[str, Tensor] = dict(tuner.bank.rows)
         losses = tuner.reward_loss()
         train_loss = tuner.losses / tuner.config.steps_per_action
-        finite = torch.stack([*(p.isfinite().flatten(1).all(1) for p in rows.values()), losses.isfinite(),
-                              train_loss.isfinite()]).all(0)
+        sums = [p.detach().flatten(1).sum(1) for p in rows.values()]  # finite only if every number is
+        finite = torch.stack([*sums, losses, train_loss]).isfinite().all(0)
         update = change_norms(rows, self.before, tuner.base.spectrum)
         total = change_norms(rows, tuner.base.spectrum.reference, tuner.base.spectrum)
         if self._wants_extras:

@@ -18,15 +18,29 @@ from torch import Tensor, nn
 from lelora_env.accounting import Accountant, LaneClocks
 from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
 from lelora_env.config import split_options
-from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
+from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError, UnknownNameError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner
-from lelora_env.models import Base, ByReference, ModelSource, by_reference_spec
+from lelora_env.models import Base, ByReference, ModelSource, by_reference_spec, plain_options
 from lelora_env.outcome import Measurement
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
 
 Infos = dict[str, Any]
+
+
+def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    known = [m.value for m in AutoresetMode]
+    value = mode.value if isinstance(mode, AutoresetMode) else str(mode)
+    if value not in known:
+        raise UnknownNameError("autoreset_mode", value, known)
+    return AutoresetMode(value)
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise LeLoRAError(f"seed must be an integer from 0 to 2**63 - 1 (got {seed!r})")
+    return int(seed)
 
 
 class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -72,19 +86,22 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             LeLoRAError: Anything in the arguments that cannot work, named in the message.
         """
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise LeLoRAError(f"num_envs must be an integer of at least 1 (got {num_envs!r})")
+        for name, number in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise LeLoRAError(f"{name} must be an integer of at least 1 (got {number!r})")
         if render_mode is not None:
             raise LeLoRAError(f"render_mode must be None (got {render_mode!r}); this environment does not render.")
+        options = plain_options(options)
+        self._first_seed: int | None = None
         if instance is not None:
             from lelora_env.instances import resolve_instance
 
-            model, task, options = resolve_instance(instance, model, task, options)
+            model, task, options, self._first_seed = resolve_instance(instance, model, task, options)
         self.instance = instance
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self.render_mode = None
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.task = make_task(task.value if isinstance(task, ByReference) else task)
         self.adapter_config, self.env_config = split_options({**getattr(self.task, "defaults", {}), **options})
@@ -104,6 +121,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 raise LeLoRAError(f"the task {self.task.name!r} needs a model: give model= a local folder, a hub id "
                                   "or an nn.Module.")
             model = build().to(self.env_config.device or "cpu")
+        elif hasattr(self.task, "build_model"):
+            raise LeLoRAError(f"the task {self.task.name!r} brings its own model; leave model out (or 'built-in' on the "
+                              "command line).")
         source = ModelSource(model, tokenizer)
         labels = getattr(source.config, "num_labels", None) if source.module is not None else None
         if self.task.head == "sequence-classification" and labels is not None and labels != self.task.num_labels:
@@ -165,7 +185,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                                             tune_size=config.tune_size, seed=config.split_seed)
         assert self._splits is not None
         lanes = self.num_envs
-        self._tuner = FineTuner(self._base, self.task, self._splits, self.env_config, lanes)
+        pad = self.source.pad_token_id()
+        self._tuner = FineTuner(self._base, self.task, self._splits, self.env_config, lanes, pad)
         observer = Observer(self._base.spectrum, self.matrices, self.env_config)
         self._measure = Measurement(self._tuner, observer)
         self._accountant = Accountant(self.matrices, self.table, self.adapter_config, self.env_config)
@@ -187,9 +208,11 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         seeds = self._lane_seed_list(seed)
         mask = self._reset_mask(options)
-        if isinstance(seed, int):
-            super().reset(seed=seed)
+        if isinstance(seed, int | np.integer):
+            super().reset(seed=int(seed))
         self._build()
+        if seed is None:
+            seeds = self._first_seeds(mask)
         for lane in np.flatnonzero(mask):
             self._start_lane(int(lane), seeds[lane])
         return self._after_reset(mask), self._reset_infos(mask)
@@ -198,17 +221,29 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if seed is None:
             return [None] * self.num_envs
         shared = self.env_config.common_random_numbers
-        if isinstance(seed, int | np.integer):
-            if seed < 0:
-                raise LeLoRAError(f"seed must be at least 0 (got {seed})")
-            return [int(seed) + (0 if shared else lane) for lane in range(self.num_envs)]
+        if not isinstance(seed, list | tuple | np.ndarray):
+            first = _checked_seed(seed)
+            return [_checked_seed(first + (0 if shared else lane)) for lane in range(self.num_envs)]
         if shared:
             raise LeLoRAError("with common_random_numbers=True all lanes share one seed: give reset() one integer.")
         if len(seed) != self.num_envs:
             raise LeLoRAError(f"seed must be one integer or {self.num_envs} of them, one a lane (got {len(seed)})")
-        return list(seed)
+        return [None if one is None else _checked_seed(one) for one in seed]
+
+    def _first_seeds(self, mask: np.ndarray) -> list[int | None]:
+        """Seeds for lanes that never had one: the instance's, or drawn; one for all under common random numbers."""
+        given = self._clocks.seeds
+        if self.env_config.common_random_numbers and (given >= 0).any():
+            common = int(given[given >= 0][0])
+            return [common if given[lane] < 0 and mask[lane] else None for lane in range(self.num_envs)]
+        drawn = self._first_seed if self._first_seed is not None else int(self.np_random.integers(2**31))
+        step = 0 if self.env_config.common_random_numbers else 1
+        return [drawn + step * lane if given[lane] < 0 and mask[lane] else None for lane in range(self.num_envs)]
 
     def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
+        for name in options or {}:
+            if name != "reset_mask":
+                raise UnknownNameError("reset option", name, ["reset_mask"])
         mask = (options or {}).get("reset_mask")
         if mask is None:
             return np.ones(self.num_envs, dtype=bool)
@@ -221,10 +256,6 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _start_lane(self, lane: int, seed: int | None) -> None:
         if seed is not None:
             self._clocks.seeds[lane], self._clocks.episodes[lane] = seed, 0
-        elif self._clocks.seeds[lane] < 0:
-            shared = self.env_config.common_random_numbers and lane > 0
-            self._clocks.seeds[lane] = self._clocks.seeds[0] if shared else int(self.np_random.integers(2**31))
-            self._clocks.episodes[lane] = 0
         else:
             self._clocks.episodes[lane] += 1
         self.tuner.start(lane, int(self._clocks.seeds[lane]), int(self._clocks.episodes[lane]))
@@ -235,15 +266,22 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _after_reset(self, mask: np.ndarray) -> np.ndarray:
         """Measure lanes that have just been started; returns the observation of all lanes."""
-        outcome = self._measure(self._clocks.env_steps / self.horizon, np.zeros_like(mask))
-        losses = outcome.losses
+        progress = self._clocks.env_steps / self.horizon
+        losses = self._clocks.losses.copy()
+        if mask.all():
+            outcome = self._measure(progress, np.zeros_like(mask))
+            losses, observation = outcome.losses, outcome.observation
+        else:  # only what is needed: the other lanes' losses are known
+            for lane in np.flatnonzero(mask):
+                losses[lane] = float(self.tuner.reward_loss(int(lane)))
+            observation = self._measure.observe(progress)
         if not np.isfinite(losses[mask]).all():
             raise ModelError("the loss of the untrained model on the reward rows is not finite: the model holds NaN or "
                              "infinite weights, or overflows in this dtype. Check the checkpoint, or use "
                              "dtype='float32'.")
         self._clocks.losses[mask] = losses[mask]
         self._clocks.worst[mask] = -losses[mask]
-        return outcome.observation
+        return observation
 
     def _clock_infos(self, mask: np.ndarray) -> Infos:
         infos: Infos = {}
@@ -284,8 +322,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ActionError: Wrong shape, type or range; nothing has changed.
         """
         tuner, clocks = self.tuner, self._clocks
-        allocation = decode_action(actions, self.num_envs, self.table)
         resetting = clocks.finished.copy()
+        allocation = decode_action(self._without(actions, resetting), self.num_envs, self.table)
         if resetting.any() and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             raise NotReadyError(f"lanes {np.flatnonzero(resetting).tolist()} have finished their episode: call "
                                 "reset(options={'reset_mask': ...}) before stepping them.")
@@ -314,6 +352,12 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if clocks.finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             observations, infos = self._reset_in_place(observations, infos)
         return observations, account.rewards, terminated, truncated, infos
+
+    def _without(self, actions: np.ndarray, resetting: np.ndarray) -> np.ndarray:
+        """The actions with those of lanes that are merely reset blanked out."""
+        if resetting.any() and np.shape(actions) == self.action_space.shape:
+            return np.where(resetting[:, None], 0, actions)
+        return actions
 
     def _reset_in_place(self, observations: np.ndarray, infos: Infos) -> tuple[np.ndarray, Infos]:
         """SAME_STEP: hand out the last observation and info of finished lanes, then start them anew."""
@@ -361,12 +405,35 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ModelError: The state was taken from an environment with another model or bank.
         """
         self._build()
-        targets = range(self.num_envs) if lanes is None else [lanes] if isinstance(lanes, int) else lanes
+        targets = self._lane_list(lanes)
+        for key in ("env.clock", "env.losses", *(f"env.{name}" for name in self._measure.extras)):
+            if key not in state:
+                raise ModelError(f"this state does not fit: {key!r} is missing. Take states with get_state().")
+        self.tuner.check_state(state)
         for lane in targets:
             self.tuner.set_state(lane, state)
             self._clocks.set(lane, state)
             for name, value in self._measure.extras.items():
                 value[lane] = state[f"env.{name}"]
+
+    def _lane_list(self, lanes: int | list[int] | None) -> list[int]:
+        if lanes is None:
+            return list(range(self.num_envs))
+        found = [int(lane) for lane in np.atleast_1d(lanes)]
+        for lane in found:
+            if not 0 <= lane < self.num_envs:
+                raise LeLoRAError(f"there is no lane {lane}; lanes count from 0 to {self.num_envs - 1}.")
+        return found
+
+    def put_rows(self, rows: dict[str, Tensor], lane: int = 0) -> None:
+        """Replace a lane's trained numbers (a warm start): fresh moments, and its L1 measured anew.
+
+        Args:
+            rows: Per buffer of ``tuner.bank.rows``, (N, D).
+            lane: Which lane.
+        """
+        self.tuner.put_rows(lane, rows)
+        self._after_reset(np.arange(self.num_envs) == lane)
 
     def fork(self) -> "LeLoRAVectorEnv":
         """A second environment in the same state; frozen weights and rows are shared, lanes are copied."""

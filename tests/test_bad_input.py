@@ -185,10 +185,17 @@ def test_an_adapter_of_another_environment_is_refused(tmp_path: Path) -> None:
         load_adapter(other, tmp_path)
     from lelora_env.tasks.planted import PlantedTask
 
-    stranger = make_lanes(1, task=PlantedTask(seed=1, reach=0.9))
-    stranger.reset(seed=0)
+    strangers = ({"task": PlantedTask(seed=1)}, {"unit_scale": 3.0}, {"parametrisation": "sqrt"},
+                 {"locations": ("primary", 0.3, "minor")})
+    for more in strangers:
+        stranger = make_lanes(1, **more)
+        stranger.reset(seed=0)
+        with pytest.raises(LeLoRAError, match="another model"):
+            load_adapter(stranger, tmp_path)
+        with pytest.raises(LeLoRAError, match="does not fit"):
+            stranger.set_state(env.get_state(0))
     with pytest.raises(LeLoRAError, match="no readable adapter"):
-        load_adapter(stranger, tmp_path / "nowhere")
+        load_adapter(twin, tmp_path / "nowhere")
     about = json.loads((tmp_path / "adapter.json").read_text())
     (tmp_path / "adapter.json").write_text(json.dumps({**about, "version": 99}))
     with pytest.raises(LeLoRAError, match="version"):

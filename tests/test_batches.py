@@ -58,6 +58,81 @@ def test_rows_that_are_no_sequences_are_never_cut() -> None:
     assert Batches(rows, 4, 0).width(0) == 0
 
 
+def test_only_sequences_are_cut_whatever_the_width_of_the_others() -> None:
+    """T = 12 tokens, and columns of every kind that happen to hold 12 numbers a row."""
+    mask = (torch.arange(12) < torch.tensor([[3], [5], [4], [5]])).long()
+    sequences = {"input_ids": mask * 7, "attention_mask": mask, "token_type_ids": mask * 0, "labels": mask - 100,
+                 "special_tokens_mask": mask.bool(), "inputs_embeds": torch.randn(4, 12, 2)}
+    others = {"options": torch.arange(48).view(4, 12), "soft": torch.randn(4, 12), "gold": torch.arange(4),
+              "pair_ids": torch.arange(48).view(4, 3, 4), "image": torch.randn(4, 12, 12)}
+    index = torch.tensor([2, 0])
+    taken = take_rows({**sequences, **others}, index, 5)
+    for name, column in sequences.items():
+        assert torch.equal(taken[name], column[index][:, :5]), name
+    for name, column in others.items():
+        assert torch.equal(taken[name], column[index]), name
+    several = torch.eye(12)[:4]  # labels of a task with twelve labels at once, which are no sequence
+    assert torch.equal(take_rows({**sequences, "labels": several}, index, 5)["labels"], several[index])
+
+
+def test_an_environment_trains_on_labels_that_are_as_wide_as_its_rows() -> None:
+    class SeveralLabels(TokenTask):
+        num_labels = 16
+
+        def _draw(self, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
+            return {**super()._draw(rng, count), "labels": torch.from_numpy(rng.integers(0, 2, (count, 16))).float()}
+
+        def loss(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            cost = torch.nn.functional.binary_cross_entropy_with_logits
+            return cost(logits, batch["labels"], reduction="none").sum(1), torch.full((len(logits),), 16.0)
+
+    class Short(SeveralLabels):
+        def _draw(self, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
+            rows = super()._draw(rng, count)
+            rows["attention_mask"][:, 7:] = 0  # batches are cut to 8 of 16 tokens
+            return rows
+
+    env = make_lanes(1, model=tiny_model("bert", num_labels=16), task=Short(length=16), batch_size=4, reward_size=8,
+                     tune_size=0, rank_set=(0, 2))
+    env.reset(seed=0)
+    assert env.tuner.batches.width(0) == 8
+    assert np.isfinite(env.step(action_for(env, 1, 0))[4]["L1"]).all()
+
+
+def test_lanes_with_the_same_numbers_share_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws of an epoch are counted: one for all lanes with the same key, and none again while it is in use."""
+    batches = Batches(rows_of([3] * 40, 8), 4, split_seed=0)
+    draws: Counter[tuple[int, ...]] = Counter()
+    draw, order = batches._draw_epoch, batches._draw_order
+
+    def counted(*key: int) -> np.ndarray:
+        draws[key] += 1
+        return draw(*key) if len(key) == 3 else order(*key)
+
+    monkeypatch.setattr(batches, "_draw_epoch", counted)
+    monkeypatch.setattr(batches, "_draw_order", counted)
+    for step in range(30):
+        for lane in range(16):
+            batches.indices(lane, seed=9, episode=0, step=step)
+            batches.width(step)
+    assert draws == {(9, 0, 0): 1, (9, 0, 1): 1, (9, 0, 2): 1, (0,): 1, (1,): 1, (2,): 1}
+    draws.clear()
+    for step in range(10):  # every lane at an epoch of its own
+        for lane in range(16):
+            batches.indices(lane, seed=lane, episode=1, step=step + 10 * (lane + 3))
+            batches.width(step + 10 * (lane + 3))
+    assert set(draws.values()) == {1}
+    assert len(draws) == 32
+
+
+def test_the_memory_of_draws_is_bounded() -> None:
+    batches = Batches(rows_of([3] * 4, 8), 4, split_seed=0)
+    for step in range(100):
+        for lane in range(3):
+            batches.indices(lane, seed=lane, episode=0, step=step)
+    assert len(batches._drawn._draws) == len(batches._orders._draws) == 6
+
+
 def test_no_held_out_row_is_ever_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Follow every row that reaches a training forward pass over two epochs; each row carries its own mark."""
     marks: dict[str, set[int]] = {}
@@ -111,8 +186,10 @@ def test_keys_tell_purposes_and_places_apart() -> None:
 
 def test_hashed_uniform_is_uniform_and_lane_local() -> None:
     keys = torch.tensor([5, 6, 7])
-    values = hashed_uniform(keys, 20_000)
-    assert torch.equal(values[1], hashed_uniform(keys[1:2], 20_000)[0])
+    place = torch.arange(20_000)
+    values = hashed_uniform(keys, place)
+    assert torch.equal(values[1], hashed_uniform(keys[1:2], place)[0])
+    assert torch.equal(values[:, 100:], hashed_uniform(keys, place[100:]))
     counts = torch.histc(values[0], bins=20, min=0, max=1)
     assert ((counts - 1000) ** 2 / 1000).sum() < 50  # χ² with 19 degrees of freedom, p ≈ 1e-4
     correlation = torch.corrcoef(values)

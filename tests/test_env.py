@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -225,7 +226,7 @@ def test_spec_is_json_and_makes_the_same_environment() -> None:
     assert np.array_equal(twin.reset(seed=1)[0], env.reset(seed=1)[0])
 
 
-def test_prefixed_id_works_in_a_spawned_worker() -> None:
+def test_prefixed_id_works_in_a_spawned_worker(tmp_path: Path) -> None:
     code = ("import multiprocessing as m\n"
             "def work(q):\n"
             "    import gymnasium as gym\n"
@@ -233,12 +234,11 @@ def test_prefixed_id_works_in_a_spawned_worker() -> None:
             "if __name__ == '__main__':\n"
             "    c = m.get_context('spawn'); q = c.Queue(); p = c.Process(target=work, args=(q,)); p.start()\n"
             "    print(q.get(timeout=100)); p.join()\n")
-    script = Path(__file__).parent / "_spawned.py"
+    script = tmp_path / "spawned.py"
     script.write_text(code)
-    try:
-        out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=150)
-    finally:
-        script.unlink()
+    root = str(Path(__file__).parents[1])
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=150,
+                         env={**os.environ, "PYTHONPATH": root})
     assert out.stdout.strip() == "(24, 36)"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import data_equivalence
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode
 
 from lelora_env import LeLoRAEnv, LeLoRAError, LeLoRAVectorEnv
 from lelora_env.errors import NotReadyError
@@ -106,6 +106,44 @@ def test_a_diverged_lane_ends_alone_and_restarts_bitwise() -> None:
     assert np.array_equal(observation[0], calm.step(action)[0][0])
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_lanes_that_have_been_reset_apart_equal_single_runs(exact: bool) -> None:
+    """Lane 1 starts its next episode two env steps into lane 0's; bitwise where the rows of all lanes are one shape."""
+    options: dict[str, Any] = {"horizon": 9, "common_random_numbers": not exact}
+    if not exact:  # wider padding for one lane's sake, and batched kernels, may change last bits
+        options |= {"model": tiny_model("bert", num_labels=3), "task": TokenTask(), "raw_observation": True,
+                    "adam_eps": 1e-5, "dropout": 0.1, **TINY}
+    lanes = make_lanes(2, **options)
+    single = [LeLoRAEnv(**options) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    seeds = [4, 5] if exact else [4, 4]
+    first, _ = lanes.reset(seed=4)
+    for lane in range(2):
+        assert np.allclose(single[lane].reset(seed=seeds[lane])[0], first[lane], atol=0 if exact else 1e-5)
+    for step in range(6):
+        if step == 2:
+            again, _ = lanes.reset(options={"reset_mask": np.array([False, True])})
+            assert np.allclose(single[1].reset()[0], again[1], atol=0 if exact else 1e-5)
+        actions = rng.integers(0, lanes.single_action_space.nvec, size=lanes.action_space.shape)
+        observation, reward, _, _, infos = lanes.step(actions)
+        for lane in range(2):
+            alone = single[lane].step(actions[lane])
+            assert infos["env_step"][lane] == alone[4]["env_step"] == (step + 1 if lane == 0 or step < 2 else step - 1)
+            assert np.allclose(alone[0], observation[lane], rtol=0, atol=0 if exact else 1e-4)
+            assert np.allclose(alone[1], reward[lane], rtol=0, atol=0 if exact else 1e-5)
+            assert np.allclose(alone[4]["train_loss"], infos["train_loss"][lane], rtol=0, atol=0 if exact else 1e-4)
+
+
+def test_a_mask_as_the_first_reset_draws_one_seed_for_all_lanes() -> None:
+    env = make_lanes(3, common_random_numbers=True)
+    env.reset(options={"reset_mask": np.array([False, True, False])})
+    env.reset(options={"reset_mask": np.array([True, False, True])})
+    seeds = [int(env.get_state(lane)["finetune.clock"][0]) for lane in range(3)]
+    assert seeds[0] == seeds[1] == seeds[2] >= 0
+    _, reward, *_ = env.step(action_for(env, 3, 0))
+    assert reward[0] == reward[1] == reward[2]
+
+
 def test_common_random_numbers_share_data_but_not_actions() -> None:
     env = make_lanes(3, model=tiny_model("bert", num_labels=3), task=TokenTask(), common_random_numbers=True,
                      horizon=5, **TINY)
@@ -141,10 +179,18 @@ def test_fork_goes_its_own_way() -> None:
     twin = copy.deepcopy(env)
     assert twin.tuner.base is env.tuner.base
     action = action_for(env, 3, 0)
-    before = env.get_state(1)
+    before = env.get_state(0)
     twin.step(action)
-    assert all(torch.equal(v, before[k]) for k, v in env.get_state(1).items())
-    assert data_equivalence(env.step(action)[1], twin.fork().tuner is None) is False
+    assert all(torch.equal(v, before[k]) for k, v in env.get_state(0).items())
+    ahead = twin.fork()
+    env.step(action)
+    for lane in range(2):  # the same action leads to the same state, each in its own environment
+        own = twin.get_state(lane)
+        assert all(torch.equal(v, own[k]) for k, v in env.get_state(lane).items())
+    changed = twin.get_state(0)["rows.32"]
+    assert not torch.equal(changed, before["rows.32"])
+    assert data_equivalence(ahead.step(action)[:2], env.step(action)[:2], exact=True)
+    assert torch.equal(twin.get_state(0)["rows.32"], changed)
     with pytest.raises(LeLoRAError, match="fork"):
         copy.copy(env)
 
@@ -192,11 +238,21 @@ def test_bad_seeds(seed: Any) -> None:
 
 
 def test_gymnasium_wrappers_accept_the_native_environment() -> None:
-    env = gym.wrappers.vector.RecordEpisodeStatistics(make_lanes(2, horizon=2, autoreset_mode="NextStep"))
-    env.reset(seed=0)
+    native = make_lanes(2, horizon=2, autoreset_mode="NextStep")
+    env = gym.wrappers.vector.DictInfoToList(gym.wrappers.vector.RecordEpisodeStatistics(make_lanes(
+        2, horizon=2, autoreset_mode="NextStep")))
+    native.reset(seed=0)
+    _, listed = env.reset(seed=0)
+    assert [info["env_step"] for info in listed] == [0, 0]
     total = np.zeros(2)
-    for _ in range(2):
-        _, reward, _, _, infos = env.step(np.zeros((2, 48), dtype=np.int64))
+    for step in range(3):
+        action = action_for(native, 3, 0)
+        observation, reward, _, _, infos = native.step(action)
+        wrapped, same_reward, _, _, listed = env.step(action)
         total += reward
-    assert infos["episode"]["r"] == pytest.approx(total)
-    assert isinstance(SyncVectorEnv([lambda: gym.make("LeLoRA-v0")]), SyncVectorEnv)
+        assert np.array_equal(wrapped, observation)
+        assert np.array_equal(same_reward, reward)
+        assert [info["L1"] for info in listed] == infos["L1"].tolist()
+        assert ["episode" in info for info in listed] == [step == 1] * 2
+        if step == 1:
+            assert [info["episode"]["r"] for info in listed] == pytest.approx(total.tolist())

@@ -3,7 +3,7 @@
 Shapes: N rows · T tokens · C classes · P numbers a row that a score needs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from lelora_env.errors import UnknownNameError
 
 Rows = dict[str, Tensor]
-"""Columns by name, each (N, ...). Sequence columns are (N, T), right-padded."""
+"""Columns by name, each (N, ...).
+
+Rows of tokens have a column ``attention_mask`` (N, T), 1 on tokens and 0 on the padding to their
+right. A batch is cut to its longest row, and with it every *sequence column*: one that has as many
+positions, and is called ``labels`` (integers) or something that ends in ``_ids``, ``_mask`` or
+``_embeds``, such as ``input_ids``, ``token_type_ids`` or ``inputs_embeds``. All others keep their
+whole width, whatever it is; a loss that needs them by token takes ``column[:, :logits.shape[1]]``.
+"""
 
 Head = Literal["sequence-classification", "causal-lm", "none"]
 
@@ -66,7 +73,9 @@ class Task(Protocol):
         head: Which kind of model fits: decides how a model given by path is loaded.
         num_labels: Outputs of a classification head (1 = regression); 0 where there is none.
         inputs: Columns that are passed to the model's ``forward`` by name, where the rows have them
-            (``token_type_ids`` depends on the tokenizer).
+            (``token_type_ids`` depends on the tokenizer). See `Rows` for what is cut to a batch's
+            longest row; give labels that are not per token, such as the 0 and 1 of several labels
+            at once, as floats, or under a name other than ``labels``.
         metric: Which entry of `score` is the main one; higher is better.
     """
 
@@ -117,10 +126,6 @@ class Task(Protocol):
         ...
 
 
-Forward = Callable[[Rows], Tensor]
-"""Rows in, logits out: one lane's model as a plain function."""
-
-
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row: logits (N, C) with labels (N,); total and weight, each (N,)."""
     total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -139,8 +144,25 @@ def causal_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         total (N,): summed over the row's labelled tokens, nats; weight (N,): their number.
     """
-    shifted = labels[:, 1:]
-    token = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), shifted, reduction="none", ignore_index=-100
+    token, following = next_token_losses(logits, labels)
+    return token.sum(-1), (following != -100).sum(-1).to(token.dtype)
+
+
+def next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each position, 0 where it has no label.
+
+    The labels are moved instead of the logits, whose memory then stays in one piece: several times
+    faster than cutting the last position off them.
+
+    Args:
+        logits: (N, T, V).
+        labels: (N, T) or wider (what lies beyond T is padding), -100 = ignored.
+
+    Returns:
+        Loss, nats, fp32, and the label that each position is to predict, both (N, T).
+    """
+    following = torch.nn.functional.pad(labels[:, 1 : logits.shape[1]], (0, 1), value=-100)  # (N, T)
+    flat = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), following.flatten(), reduction="none", ignore_index=-100
     )
-    return token.sum(-1), (shifted != -100).sum(-1).to(token.dtype)
+    return flat.view(following.shape), following

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lelora_env.errors import DataError
-from lelora_env.tasks.base import Rows
+from lelora_env.tasks.base import Rows, next_token_losses
 from lelora_env.tasks.files import RawData, Table, select_rows, table_length
 from lelora_env.tasks.splits import sample_pool
 from lelora_env.tasks.tokens import Ragged, attention_mask, pad
@@ -163,13 +163,9 @@ def token_statistics(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (N, T, V).
         labels: (N, T), `IGNORED` = not learnt.
     """
-    shifted = labels[:, 1:]  # (N, T-1)
-    learnt = shifted != IGNORED
-    scores = logits[:, :-1].float()  # (N, T-1, V)
-    loss = torch.nn.functional.cross_entropy(
-        scores.transpose(1, 2), shifted, reduction="none", ignore_index=IGNORED
-    )
-    right = (scores.argmax(-1) == shifted) & learnt
+    loss, following = next_token_losses(logits, labels)  # (N, T)
+    learnt = following != IGNORED
+    right = (logits.argmax(-1) == following) & learnt
     return torch.stack([loss.sum(-1), learnt.sum(-1).float(), right.sum(-1).float()], -1)
 
 

@@ -186,7 +186,8 @@ class PlantedTask:
 
     def build_model(self) -> ParallelLinear:
         """The student: random singular vectors, singular values falling from 2 to 1/4."""
-        model = ParallelLinear(self.layers, self.width, self.types)
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws first weights, which are replaced below
+            model = ParallelLinear(self.layers, self.width, self.types)
         with torch.no_grad():
             for index, linear in enumerate(model.maps()):
                 left, values, right, _ = self._factors(index, linear.out_features, linear.in_features)
