@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lelora_env.allocation import action_masks
 from lelora_env.errors import ActionError, LeLoRAError
-from lelora_env.models import by_reference_spec
+from lelora_env.reference import by_reference_spec
 from lelora_env.tasks.base import Task
 from lelora_env.vector_env import LeLoRAVectorEnv
 

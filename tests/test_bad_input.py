@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lelora_env import AdapterConfig, EnvConfig, LeLoRAEnv, LeLoRAError
-from lelora_env.models import resolve_name
+from lelora_env.loading import resolve_name
 from tests.families import tiny_model
 from tests.helpers import TokenTask, make_lanes, two_layer
 from tests.small_tokenizers import bert_like

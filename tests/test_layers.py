@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("config", "keys", "reward", "capture"),
+    ("config", "keys", "reward", "capture", "reference", "loading", "arguments"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
     ("bank",),
     ("adapter", "optim"),
     ("models", "batches"),
-    ("features",),
+    ("attach", "features"),
     ("finetune",),
     ("outcome",),
     ("accounting",),

@@ -21,7 +21,7 @@ SMALL = {"rank_set": (0, 1, 2, 4), "reward_size": 8, "tune_size": 0, "batch_size
 @pytest.mark.parametrize("head", ["sequence-classification", "causal-lm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_step_zero_gives_the_original_logits(family: str, head: Any) -> None:
-    decoder = {"is_decoder": True} if head == "causal-lm" and family in ("bert", "roberta") else {}
+    decoder: dict[str, Any] = {"is_decoder": True} if head == "causal-lm" and family in ("bert", "roberta") else {}
     try:
         model = tiny_model(family, head, num_labels=3, **decoder).eval()
     except ValueError:
