@@ -6,14 +6,14 @@ Swapping the algorithm is one name::
     history = run(env, agent, episodes=1, seed=0)
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from agents.agent import Agent, AnyEnv, Episode, History, OnStep, Transition, run
 from agents.controls import FixedAllocation, RandomAllocation
+from agents.options import annotations_of, check_options
 from agents.policy import ActionDistribution, PerMatrixPolicy
-from agents.reinforce import Reinforce
+from agents.reinforce import Reinforce, ReinforceConfig
 from agents.spec import AgentSpec
 from lelora_env.errors import UnknownNameError
 
@@ -58,28 +58,23 @@ def make_agent(name: str, env: AnyEnv, *, seed: int = 0, **options: Any) -> Agen
 
     Raises:
         UnknownNameError: No such agent, or an option that it does not have.
+        LeLoRAError: An option's value is of the wrong kind or out of range.
     """
     if name not in _BUILDERS:
         raise UnknownNameError("agent", name, AGENT_NAMES)
-    _check_options(name, options)
+    check_options(name, options, _known_options(name))
     return _BUILDERS[name](AgentSpec.from_env(env), seed=seed, **options)
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse options that the agent does not have, by name."""
-    known = set(inspect.signature(_option_source(name)).parameters) - {"self", "spec", "seed", "env", "options"}
-    if name == "reinforce":
-        return
-    if name in ("ppo", "a2c"):
-        known |= {"policy", "model", "train"}
-    for option in options:
-        if option not in known:
-            raise UnknownNameError(f"option of agent {name!r}", option, known)
-
-
-def _option_source(name: str) -> Callable[..., Any]:
-    if name in ("ppo", "a2c"):
+def _known_options(name: str) -> dict[str, Any]:
+    """The annotations of an agent's options."""
+    own: dict[str, Callable[..., Any]] = {"random": RandomAllocation, "fixed": FixedAllocation, "reinforce": Reinforce}
+    if name in own:
+        known = annotations_of(own[name]) | (annotations_of(ReinforceConfig) if name == "reinforce" else {})
+    else:
         from agents.sb3 import ALGORITHMS
+        from agents.sb3_agent import SB3Agent
 
-        return ALGORITHMS[name]
-    return {"random": RandomAllocation, "fixed": FixedAllocation}.get(name, Reinforce)
+        known = annotations_of(ALGORITHMS[name]) | annotations_of(SB3Agent)
+    private = {"spec", "seed", "env", "algorithm", "_init_setup_model"}
+    return {option: annotation for option, annotation in known.items() if option not in private}

@@ -81,6 +81,8 @@ class FixedAllocation:
         if len(allocation) != spec.num_matrices:
             raise LeLoRAError(f"allocation must have one (rank, location) for each of the {spec.num_matrices} matrices "
                               f"(got {len(allocation)})")
+        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in allocation):
+            raise LeLoRAError(f"allocation must hold one (rank, location) pair a matrix (got {list(allocation)!r})")
         pairs = [spec.choice(m, r, s) for m, (r, s) in enumerate(allocation)]
         self.action: Array = np.array(pairs, dtype=np.int64).reshape(-1)  # (2M,)
 

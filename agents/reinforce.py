@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.agent import Array, Transition
+from agents.options import annotations_of, check_options
 from agents.policy import ActionDistribution, PerMatrixPolicy
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError, UnknownNameError
@@ -52,10 +53,15 @@ class ReinforceConfig:
     rank_zero_rule: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise LeLoRAError(f"learning_rate must be a positive number (got {self.learning_rate!r})")
-        if not 0 <= self.baseline_decay < 1:
-            raise LeLoRAError(f"baseline_decay must be in [0, 1) (got {self.baseline_decay!r})")
+        kinds = annotations_of(type(self))
+        check_options("reinforce", {name: getattr(self, name) for name in kinds}, kinds)
+        rules = {"learning_rate": (math.isfinite(self.learning_rate) and self.learning_rate > 0, "a positive number"),
+                 "baseline_decay": (0 <= self.baseline_decay < 1, "in [0, 1)"),
+                 "embedding": (self.embedding >= 0, "an integer of at least 0"),
+                 "hidden": (min(self.hidden, default=1) >= 1, "a list of integers of at least 1")}
+        for name, (fits, rule) in rules.items():
+            if not fits:
+                raise LeLoRAError(f"{name} must be {rule} (got {getattr(self, name)!r})")
 
 
 PRESETS: dict[str, ReinforceConfig] = {"paper": ReinforceConfig()}
@@ -99,13 +105,14 @@ class Reinforce:
 
         Raises:
             UnknownNameError: No such preset or option.
+            LeLoRAError: An option's value is of the wrong kind or out of range.
         """
         if preset not in PRESETS:
             raise UnknownNameError("REINFORCE preset", preset, PRESETS)
         for name in options:
             if name not in ReinforceConfig.__dataclass_fields__:
                 raise UnknownNameError("REINFORCE option", name, ReinforceConfig.__dataclass_fields__)
-        self.spec, self.preset, self.device = spec, preset, torch.device(device)
+        self.spec, self.preset, self.device = spec, preset, _device(device)
         self.config = replace(PRESETS[preset], **options)
         if policy is None:
             policy = PerMatrixPolicy(spec, embedding=self.config.embedding, hidden=self.config.hidden,
@@ -204,6 +211,14 @@ class Reinforce:
         self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         self.baseline.total, self.baseline.count = state["baseline"]["total"], state["baseline"]["count"]
         self.generator.set_state(state["generator"].cpu())
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise LeLoRAError(f"device must be a torch device that this machine has, such as 'cpu' or 'cuda' (got "
+                          f"{name!r}: {str(error).splitlines()[0]})") from None
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class SB3Agent:
 
         Raises:
             UnknownNameError: No such algorithm.
-            LeLoRAError: The given model is for other spaces, or for another number of lanes.
+            LeLoRAError: The given model is for other spaces, or for another number of lanes; or SB3
+                refuses an option.
         """
         self.spec, self.train = spec, train
         self._generators = _global_generators()
@@ -179,10 +180,15 @@ class SB3Agent:
 def _unbound_model(spec: AgentSpec, algorithm: str, policy: Any, settings: dict[str, Any]) -> OnPolicyAlgorithm:
     """A model for the spec's spaces that holds no environment."""
     warn_if_flat(policy)
-    model = ALGORITHMS[algorithm](policy, None, _init_setup_model=False, **settings)  # type: ignore[arg-type]
-    model.observation_space, model.action_space = spec.observation_space, copy.deepcopy(spec.action_space)
-    model.n_envs = spec.num_lanes
-    model._setup_model()
+    try:
+        model = ALGORITHMS[algorithm](policy, None, _init_setup_model=False, **settings)  # type: ignore[arg-type]
+        model.observation_space, model.action_space = spec.observation_space, copy.deepcopy(spec.action_space)
+        model.n_envs = spec.num_lanes
+        model._setup_model()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise LeLoRAError(f"{algorithm} cannot be made with policy {policy!r} and {given}: "
+                          f"{' '.join(str(error).split())}") from error
     return model
 
 

@@ -87,6 +87,8 @@ class AgentSpec:
             LeLoRAError: The rank is not in the rank set, or is above this matrix.
             UnknownNameError: No such location.
         """
+        if not isinstance(location, str | float | int):
+            raise LeLoRAError(f"location must be a name or a fraction of the spectrum (got {location!r})")
         name = location if isinstance(location, str) else f"at_{location:g}"
         if name not in self.locations:
             raise UnknownNameError("location", str(location), self.locations)

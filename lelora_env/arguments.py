@@ -5,7 +5,22 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from lelora_env.errors import LeLoRAError, UnknownNameError
+from lelora_env.errors import DataError, LeLoRAError, UnknownNameError
+from lelora_env.tasks.base import SPLIT_NAMES, Splits
+
+
+def check_vocabulary(splits: Splits, config: Any) -> None:
+    """See that every token id has an embedding.
+
+    Raises:
+        DataError: It has not: tokenizer and model do not belong together.
+    """
+    size = getattr(config, "vocab_size", None)
+    for name in SPLIT_NAMES:
+        ids = splits[name].get("input_ids")
+        if isinstance(size, int) and ids is not None and ids.numel() and int(ids.max()) >= size:
+            raise DataError(f"the tokenizer gives token {int(ids.max())}, but the model has {size} embeddings: they do "
+                            "not belong together. Give the model's own tokenizer as tokenizer= .")
 
 
 def checked_mode(mode: AutoresetMode | str) -> AutoresetMode:

@@ -1,7 +1,9 @@
 """A function of static tensors, run as one CUDA graph where that is possible and plainly elsewhere."""
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
@@ -12,6 +14,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WARM_UP_CALLS = 2
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: what it frees on the device would end up in the recording."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Captured(Generic[T]):
@@ -62,7 +76,7 @@ class Captured(Generic[T]):
                         self.function()
                 torch.cuda.current_stream().wait_stream(stream)
                 torch.cuda.synchronize()
-                with torch.cuda.graph(graph):
+                with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self.result = self.function()
         except torch.cuda.OutOfMemoryError:
             raise

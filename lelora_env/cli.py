@@ -1,10 +1,12 @@
 """The command ``lelora``.
 
 Each sub-command is one function: it turns its options into settings, calls a module that knows nothing
-of the command line, and prints. Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+of the command line, and prints. Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130,
+SIGTERM 143.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -16,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lelora_env.config import ADAPTER_FIELDS, ENV_FIELDS, split_options
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
 if TYPE_CHECKING:
     from lelora_env.training import LaneResult
 
-LISTS = ("rank_set", "locations", "betas", "extra_features")
+LISTS = ("rank_set", "locations", "betas", "extra_features", "hidden", "columns", "metrics", "text_columns",
+         "eval_splits")
 """Settings that hold several values; on the command line these are separated by commas."""
 
 app = typer.Typer(
@@ -32,13 +34,30 @@ app = typer.Typer(
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the run ends as by Ctrl-C, with an exit code of its own."""
+
+
+def _terminate(signal_number: int, frame: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Entry point of the console command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        app()
+    except KeyboardInterrupt as error:
+        sys.exit(_interrupted(error))
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    """Say so in one line; the exit code is 128 + the signal's number, as shells have it."""
+    typer.echo("lelora: interrupted", err=True)
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 @contextmanager
@@ -49,9 +68,8 @@ def plain_errors() -> Iterator[None]:
     except LeLoRAError as error:
         typer.echo(f"lelora: error: {error}", err=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("lelora: interrupted", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        raise typer.Exit(_interrupted(error)) from None
 
 
 def _version(asked: bool) -> None:
@@ -83,8 +101,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise LeLoRAError(f"a setting must look like key=value (got {pair!r})")
         key = key.strip().replace("-", "_")
-        settings[key] = [_value(part) for part in text.strip("[]() ").split(",") if part.strip()] \
-            if key in LISTS else _value(text)
+        listed = key in LISTS and _value(text) is not None
+        parts = [_value(part) for part in text.strip("[]() ").split(",") if part.strip()]
+        settings[key] = parts if listed else _value(text)
     return settings
 
 
@@ -105,15 +124,14 @@ def config_options(pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any
         UnknownNameError: A setting that there is none of.
         LeLoRAError: A value that does not fit its setting.
     """
+    from lelora_env.config import ADAPTER_FIELDS, ENV_FIELDS, split_options
+
     options = parse_settings(pairs)
     for name in options:
         if name not in ADAPTER_FIELDS + ENV_FIELDS:
             raise UnknownNameError("setting", name, ADAPTER_FIELDS + ENV_FIELDS)
     options |= {name: value for name, value in given.items() if value is not None}
-    try:
-        split_options(options)
-    except TypeError as error:
-        raise LeLoRAError(f"a setting has a value of the wrong kind: {options} ({error})") from None
+    split_options(options)
     return options
 
 
@@ -143,16 +161,15 @@ class Progress:
             self.bar.close()
 
 
-_COLUMNS = ("lane", "eval {metric}", "before", "tune {metric}", "loss", "before", "mean rank", "trained parameters")
-
-
 def table(results: Sequence["LaneResult"]) -> list[str]:
-    """The closing table as lines of text; ``loss`` is that of the reward batch."""
-    head = tuple(name.format(metric=results[0].metric) for name in _COLUMNS)
+    """The closing table as lines of text; ``loss`` is that of the reward batch, ``tune`` only where there is one."""
+    metric, tuned = results[0].metric, not all(math.isnan(r.tune_after) for r in results)
+    tune = [f"tune {metric}"] if tuned else []
+    head = ["lane", f"eval {metric}", "before", *tune, "loss", "before", "mean rank", "trained parameters"]
     rows = [head]
     for r in results:
-        scores = (r.eval_after, r.eval_before, r.tune_after, r.loss_after, r.loss_before)
-        rows.append((r.lane, *(f"{x:.4f}" for x in scores), f"{r.mean_rank:.2f}", f"{r.trained_parameters:,.0f}"))
+        scores = (r.eval_after, r.eval_before, *([r.tune_after] if tuned else []), r.loss_after, r.loss_before)
+        rows.append([r.lane, *(f"{x:.4f}" for x in scores), f"{r.mean_rank:.2f}", f"{r.trained_parameters:,.0f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return [row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
             for row in rows]
@@ -164,7 +181,8 @@ def train(
         help="Local folder, hub id, 'minilm' (the demonstration model), or 'built-in' (tiny, for the planted task).",
         show_default="minilm")] = None,
     task: Annotated[str | None, typer.Option(
-        help="Task by name, or a JSONL, JSON, CSV or Parquet file.", show_default="docstrings")] = None,
+        help="Task by name, or a JSONL, JSON, CSV, TSV or Parquet file of texts and labels; also text:<path>, "
+             "instruction:<path>, chat:<path>, choice:<path>.", show_default="docstrings")] = None,
     agent: Annotated[str, typer.Option(help="Who allocates: reinforce, ppo, a2c, random or fixed.")] = "reinforce",
     control: Annotated[list[str] | None, typer.Option(
         help="An agent to run beside it on the same data; may be repeated; 'none' for no control.",
@@ -179,6 +197,8 @@ def train(
     device: Annotated[str | None, typer.Option(help="Torch device; the GPU where there is one.")] = None,
     setting: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE", help="Any other field of AdapterConfig or EnvConfig; may be repeated.")] = None,
+    task_setting: Annotated[list[str] | None, typer.Option(
+        "--task-set", metavar="KEY=VALUE", help="An option of the task, such as eval_rows; may be repeated.")] = None,
     agent_setting: Annotated[list[str] | None, typer.Option(
         "--agent-set", metavar="KEY=VALUE", help="An option of the agent; may be repeated.")] = None,
 ) -> None:
@@ -193,11 +213,17 @@ def train(
         _train(TrainSettings(
             model=chosen_model, task=chosen_task, agent=agent, controls=controls, seed=seed, out=out,
             options=config_options(setting or [], given), agent_options=parse_settings(agent_setting or []),
+            task_options=parse_settings(task_setting or []),
         ))
 
 
 def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:
     """Fill in what was not given: the demonstration, or the planted task with its own model."""
+    from lelora_env.tasks import TASKS
+    from lelora_env.tasks.files import READERS
+
+    if task and task.partition(":")[0] not in TASKS and (Path(task).suffix in READERS or Path(task).is_file()):
+        task = f"text:{task}"
     if task is None:
         task = "planted" if model == "built-in" else "docstrings"
     if model is None:

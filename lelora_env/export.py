@@ -106,6 +106,7 @@ def save_adapter(env: "LeLoRAVectorEnv", folder: str | Path, lane: int = 0) -> P
         "version": FORMAT_VERSION,
         "adapter": asdict(env.adapter_config),
         "matrices": [asdict(m) for m in env.matrices],
+        "model": env.source.path or type(env.source.module).__name__,
         "task": env.task.name,
         "structure": tuner.base.spectrum.structure,
         "probe": tuner.base.spectrum.probe.cpu().tolist(),

@@ -2,7 +2,8 @@
 
 A run folder holds plain files that stay readable whatever happens to the process::
 
-    run.json           status, seed, command, versions, commit, hardware, times; replaced atomically
+    run.json           status, seed, command, versions, commit, hardware, times; replaced atomically, or
+                       on a full disk written over in the room that its first version keeps free
     config.json        every setting, resolved
     matrices.json      the matrices in the order of the allocation's columns
     metrics.jsonl      one line per env step and lane, flushed at once
@@ -30,7 +31,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 import numpy as np
 
@@ -42,6 +43,12 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 
 FORMAT = 1
 """Version of the folder's layout, in run.json."""
+
+_SPARE = 4096
+"""Bytes that run.json keeps free while the run goes on, so that a full disk does not hide how it ended."""
+
+_ERROR_LENGTH = 500
+"""Longest error message in run.json, in characters: at most 6 bytes each as JSON, which fits `_SPARE`."""
 
 _PACKAGES = ("lelora-env", "torch", "gymnasium", "stable-baselines3", "transformers", "datasets", "numpy")
 
@@ -130,6 +137,47 @@ def default_folder(task: str, agent: str, base: Path = Path("runs")) -> Path:
     return next(p for p in (path, *(base / f"{name}_{i}" for i in range(2, 10_000))) if not p.exists())
 
 
+class EventFile:
+    """TensorBoard scalars of one lane, without the writer's thread.
+
+    They repeat metrics.jsonl, so what cannot be written is left out without a word.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open a new event file in `folder`, which is made when missing."""
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event: Any = event_pb2.Event
+        self._records: Any = None
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+            self._records = RecordWriter((folder / name).open("wb"))
+        self._add(file_version="brain.Event:2")
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the finite ones of `values` for env step `step`."""
+        finite = [{"tag": tag, "simple_value": value} for tag, value in values.items() if math.isfinite(value)]
+        self._add(step=step, summary={"value": finite})
+
+    def _add(self, **fields: Any) -> None:
+        if self._records is None:
+            return
+        try:
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._records.flush()
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Write nothing more."""
+        records, self._records = self._records, None
+        with suppress(OSError):
+            if records is not None:
+                records.close()
+
+
 class RunFolder:
     """Writes a run folder; a context manager that records how the run ended.
 
@@ -153,17 +201,22 @@ class RunFolder:
         facts = environment_facts()
         self.path = path
         self._started = time.monotonic()
-        self._events: dict[str, Any] = {}
-        path.mkdir(parents=True, exist_ok=True)
+        self._events: dict[str, EventFile] = {}
+        self._streams: dict[str, TextIO] = {}
         self._run: dict[str, Any] = {
             "format": FORMAT, "status": "running", "seed": seed, "lanes": list(lanes), "command": sys.argv,
-            "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds"), **facts,
+            "host": platform.node(), "pid": os.getpid(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), **facts,
         }
-        self._set()
-        self.write_json("config.json", config)
-        self.write_json("matrices.json", [asdict(matrix) for matrix in matrices])
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._actions = (path / "allocation.jsonl").open("a", encoding="utf-8")
+        try:
+            self._set()
+            self.write_json("config.json", config)
+            self.write_json("matrices.json", [asdict(matrix) for matrix in matrices])
+            for name in ("metrics.jsonl", "allocation.jsonl"):
+                self._streams[name] = (path / name).open("a", encoding="utf-8")
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file of the folder, atomically."""
@@ -171,29 +224,44 @@ class RunFolder:
         write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, lane: str, env_step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line of metrics and send the same numbers to TensorBoard."""
-        self._metrics.write(to_json({"lane": lane, "env_step": env_step, **metrics}) + "\n")
-        self._metrics.flush()
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self._writer(lane).add_scalar(key, value, env_step)
+        """Append one line of metrics and write the same numbers for TensorBoard.
+
+        Raises:
+            LeLoRAError: The line cannot be written, for instance because the disk is full.
+        """
+        self._append("metrics.jsonl", {"lane": lane, "env_step": env_step, **metrics})
+        if lane not in self._events:
+            self._events[lane] = EventFile(self.path / "events" / lane)
+        self._events[lane].add(env_step, metrics)
 
     def log_action(self, lane: str, env_step: int, action: np.ndarray) -> None:
-        """Append one flat action (2M,): the one that led to ``env_step``."""
-        self._actions.write(to_json({"lane": lane, "env_step": env_step, "action": action}) + "\n")
-        self._actions.flush()
+        """Append one flat action (2M,): the one that led to ``env_step``.
 
-    def _writer(self, lane: str) -> Any:
-        if lane not in self._events:
-            from torch.utils.tensorboard import SummaryWriter
+        Raises:
+            LeLoRAError: The line cannot be written.
+        """
+        self._append("allocation.jsonl", {"lane": lane, "env_step": env_step, "action": action})
 
-            writer: Any = SummaryWriter  # untyped
-            self._events[lane] = writer(log_dir=str(self.path / "events" / lane), flush_secs=10)
-        return self._events[lane]
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            self._streams[name].write(to_json(line) + "\n")
+            self._streams[name].flush()
+        except OSError as error:
+            raise LeLoRAError(f"cannot write {self.path / name}: {error.strerror or error}. What was reached stays "
+                              "readable there; make space, and give a new path with --out.") from error
 
     def _set(self, **changes: Any) -> None:
+        """Replace run.json; if there is no room for a second file, write over the first."""
         self._run.update(changes)
-        self.write_json("run.json", self._run)
+        data = to_json(self._run, indent=2).encode("utf-8", "backslashreplace")
+        path, spare = self.path / "run.json", _SPARE if self._run["status"] == "running" else 0
+        try:
+            write_atomically(path, lambda new: new.write_bytes(data + b" " * spare + b"\n"))
+        except LeLoRAError:
+            if not path.exists() or len(data) >= path.stat().st_size:
+                raise
+            with path.open("r+b") as stream:
+                stream.write(data.ljust(path.stat().st_size - 1) + b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -203,12 +271,19 @@ class RunFolder:
         status: Status = "finished"
         if kind is not None:
             status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-        self._set(
-            status=status, error=f"{kind.__name__}: {error}" if kind is not None and status == "failed" else None,
-            ended=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - self._started, 3),
-        )
-        for stream in (self._metrics, self._actions, *self._events.values()):
-            stream.close()
+        message = f"{kind.__name__}: {error}"[:_ERROR_LENGTH] if kind is not None and status == "failed" else None
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self._set(status=status, error=message, ended=ended, seconds=round(time.monotonic() - self._started, 3))
+        except (LeLoRAError, OSError):
+            if kind is None:
+                raise
+        finally:
+            for events in self._events.values():
+                events.close()
+            for stream in self._streams.values():
+                with suppress(OSError):
+                    stream.close()
 
 
 class LaneTrace:
@@ -255,9 +330,10 @@ class RunRecord:
 
     @property
     def status(self) -> Status:
-        """How the run ended, or ``running``."""
+        """How the run ended, or ``running``; a run of this host whose process is gone was ``interrupted``."""
         status: Status = self.info["status"]
-        return status
+        here = self.info.get("host") == platform.node()
+        return "interrupted" if status == "running" and here and not _is_alive(self.info["pid"]) else status
 
     def _trace(self, name: str, metrics: list[dict[str, Any]], actions: list[dict[str, Any]]) -> LaneTrace:
         chosen = [line["action"] for line in actions if line["lane"] == name]
@@ -265,6 +341,16 @@ class RunRecord:
         limits = np.array([min(m.out_features, m.in_features) for m in self.matrices], dtype=np.int64)  # (M,)
         ranks = np.minimum(np.array(self.config["rank_set"], dtype=np.int64)[pairs[..., 0]], limits)
         return LaneTrace(name, ranks, pairs[..., 1], [line for line in metrics if line["lane"] == name])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's process
+    return True
 
 
 def _read_json(folder: Path, name: str) -> Any:

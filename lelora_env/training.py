@@ -7,6 +7,7 @@ Shapes: L lanes · M matrices · F features.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,11 @@ class TrainSettings:
 
     Attributes:
         model: Folder, hub id or packaged name; ``"built-in"`` = the model that the task brings along.
-        task: Name of a task, or a data file.
+        task: Name of a task, with a file or folder behind a colon where it needs one (``"text:reviews.csv"``).
+        task_options: Options of the task, such as ``eval_rows``.
         agent: Who allocates, a name in ``agents.AGENT_NAMES``.
         controls: Agents to run beside it; may be empty.
-        seed: Seed of the environment and of every agent.
+        seed: Seed of the environment; every agent gets one of its own from it (`agent_seeds`).
         out: Run folder; ``None`` = a new one under ``runs/``.
         options: Fields of ``AdapterConfig`` and ``EnvConfig`` that differ from their defaults.
         agent_options: Options of the agent.
@@ -48,6 +50,7 @@ class TrainSettings:
 
     model: str = "minilm"
     task: str = "docstrings"
+    task_options: dict[str, Any] = field(default_factory=dict)
     agent: str = "reinforce"
     controls: tuple[str, ...] = ("fixed", "random")
     seed: int = 0
@@ -58,6 +61,21 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise LeLoRAError(f"seed must be an integer of at least 0 (got {self.seed})")
+        for options, taken in ((self.task_options, {"name": "--task"}),
+                               (self.agent_options, {"name": "--agent", "seed": "--seed", "env": "--task"})):
+            for name in taken.keys() & options:
+                raise LeLoRAError(f"{name} = {options[name]!r} is not an option; use {taken[name]} for it")
+
+    @property
+    def task_spec(self) -> str | dict[str, Any]:
+        """The task with its options, as `lelora_env.tasks.make_task` takes it."""
+        return {"name": self.task, **self.task_options} if self.task_options else self.task
+
+    @property
+    def agent_seeds(self) -> list[int]:
+        """A seed for each lane's agent, in [0, 2^32), such that their draws have nothing in common."""
+        sequences = [np.random.SeedSequence((self.seed, lane)) for lane in range(len(self.lanes))]
+        return [int(sequence.generate_state(1)[0]) for sequence in sequences]
 
     @property
     def lanes(self) -> list[str]:
@@ -171,9 +189,16 @@ class Training:
         return str(self.base.task.metric)
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting of the run, as plain values: what config.json holds."""
-        named = {name: value for name, value in asdict(self.settings).items() if name not in ("options", "out")}
-        return {**named, **as_options(self.base.adapter_config, self.base.env_config)}
+        """Every setting of the run, as plain values, with what ``None`` stood for: what config.json holds.
+
+        Only after the environment's first ``reset``, which loads the model.
+        """
+        settings, options = self.settings, as_options(self.base.adapter_config, self.base.env_config)
+        named = {name: value for name, value in asdict(settings).items() if name not in ("options", "out")}
+        base = self.base.tuner.base
+        used = {"device": str(base.device), "dtype": str(base.spectrum.residual[0].dtype).removeprefix("torch."),
+                "head_learning_rate": options["head_learning_rate"] or options["learning_rate"]}
+        return {**named, "agent_seeds": settings.agent_seeds, **options, **used}
 
     def run(self, observer: StepObserver | None = None) -> list[LaneResult]:
         """Fine-tune every lane for one episode and leave the run folder.
@@ -196,8 +221,9 @@ class Training:
                 save_adapter(self.env, path)
                 draw_run(RunRecord(path))
         except KeyboardInterrupt:
-            if len(RunRecord(path).lanes[-1].ranks):
-                draw_run(RunRecord(path))
+            with suppress(Exception):  # without a picture if need be: the interruption is what counts
+                if len(RunRecord(path).lanes[-1].ranks):
+                    draw_run(RunRecord(path))
             raise
         finally:
             self.env.close()
@@ -214,6 +240,7 @@ class Training:
 
         def on_step(transition: "Transition", scalars: dict[str, float], step: int) -> None:
             log_step(folder, lanes, transition, scalars, step)
+            self._check_finite(transition, step)
             if observer is not None:
                 observer(step, dict(zip(lanes, transition.info["L1"].tolist(), strict=True)))
 
@@ -224,24 +251,35 @@ class Training:
         return [_row(trace, self.metric, *scores) for trace, *scores in zip(traces, before, after, tune, strict=True)]
 
 
+    def _check_finite(self, transition: "Transition", step: int) -> None:
+        """Stop the run at the first lane that diverged."""
+        diverged = [lane for lane, bad in zip(self.settings.lanes, transition.info["diverged"], strict=True) if bad]
+        if diverged:
+            clip = self.base.env_config.max_grad_norm
+            also = "or set max_grad_norm" if clip is None else f"or max_grad_norm, which is {clip:g}"
+            raise LeLoRAError(f"{' and '.join(diverged)} diverged at env step {step}: a loss or a weight is no longer "
+                              f"finite. Lower --learning-rate, {also}.")
+
+
 def make_lanes(settings: TrainSettings) -> Any:
     """The vector environment with a lane for each contestant."""
     demonstration = DEMONSTRATION if settings.task == "docstrings" else {}
     return gym.make_vec(
         "lelora_env:LeLoRA-v0", num_envs=len(settings.lanes), vectorization_mode="vector_entry_point",
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task,
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task_spec,
         model=None if settings.model == BUILT_IN else settings.model,
         **{"common_random_numbers": True, **demonstration, **settings.options},
     )
 
 
 def make_contestants(settings: TrainSettings, env: Any) -> SideBySide:
-    """The agent and its controls, each for one lane."""
+    """The agent and its controls, each for one lane and with a seed of its own."""
     from agents import make_agent
 
-    view = OneLane(env)
-    first = make_agent(settings.agent, view, seed=settings.seed, **settings.agent_options)
-    return SideBySide([first, *(make_agent(name, view, seed=settings.seed) for name in settings.controls)])
+    view, (seed, *seeds) = OneLane(env), settings.agent_seeds
+    first = make_agent(settings.agent, view, seed=seed, **settings.agent_options)
+    controls = zip(settings.controls, seeds, strict=True)
+    return SideBySide([first, *(make_agent(name, view, seed=own) for name, own in controls)])
 
 
 def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scalars: dict[str, float],
@@ -254,9 +292,6 @@ def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scal
         transition: What happened.
         scalars: What the agents report, as ``<lane index>/<name>``.
         step: Number of the env step, from 1.
-
-    Raises:
-        LeLoRAError: A lane diverged; its step has been written.
     """
     numbers = {name: np.asarray(value) for name, value in transition.info.items() if name != "env_step"}
     numbers = {name: value for name, value in numbers.items() if value.ndim == 1 and value.dtype.kind in "biuf"}
@@ -265,10 +300,6 @@ def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scal
         folder.log_action(lane, step, transition.action[i])
         folder.log(lane, step, {"reward": float(transition.reward[i]),
                                 **{name: float(value[i]) for name, value in numbers.items()}, **own})
-    diverged = [lane for i, lane in enumerate(lanes) if transition.info["diverged"][i]]
-    if diverged:
-        raise LeLoRAError(f"{' and '.join(diverged)} diverged at env step {step}: a loss or a weight is no longer "
-                          "finite. Lower --learning-rate, or set max_grad_norm.")
 
 
 def _row(trace: LaneTrace, metric: str, before: dict[str, float], after: dict[str, float],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lelora_env.accounting import Accountant, LaneClocks
 from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
-from lelora_env.arguments import checked_mode, lane_list, lane_seeds, reset_mask
+from lelora_env.arguments import check_vocabulary, checked_mode, lane_list, lane_seeds, reset_mask
 from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
@@ -171,6 +171,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._base = self.source.base(self.task.head, self.task.num_labels, self.adapter_config, config)
             self._splits = self.task.splits(self.source.tokenizer(), reward_size=config.reward_size,
                                             tune_size=config.tune_size, seed=config.split_seed)
+            check_vocabulary(self._splits, self.source.config)
         assert self._splits is not None
         lanes = self.num_envs
         pad = self.source.pad_token_id()

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from lelora_env.cli import Progress, app, config_options, parse_settings
+from lelora_env import cli
+from lelora_env.cli import Progress, app, config_options, parse_settings, table
 from lelora_env.errors import LeLoRAError, UnknownNameError
-from lelora_env.runs import RunRecord
+from lelora_env.runs import RunFolder, RunRecord
+from lelora_env.training import LaneResult
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,6 +93,59 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
     assert texts[0] != texts[2]
 
 
+def test_every_lane_draws_on_its_own(tmp_path: Path) -> None:
+    """Independent of a uniform draw among 4 ranks and 3 locations, choices agree in 1/4 and 1/3 of all cases."""
+    lanes = train(tmp_path / "run", "--steps", 20, "--control", "random", "--control", "random").lanes
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        for name, chance in (("ranks", 1 / 4), ("locations", 1 / 3)):
+            agreement = np.mean(getattr(lanes[one], name) == getattr(lanes[other], name))
+            assert agreement == pytest.approx(chance, abs=0.1), (one, other, name)  # five sigma
+
+
+def test_config_says_what_was_used(tmp_path: Path) -> None:
+    config = train(tmp_path / "run", "--steps", 1, "--device", "cpu", "--control", "random",
+                   "--learning-rate", 0.01).config
+    assert (config["device"], config["dtype"], config["head_learning_rate"]) == ("cpu", "float32", 0.01)
+    assert config["model"] == "built-in"
+    assert len(set(config["agent_seeds"])) == 2
+
+
+def result_row(tune: float) -> LaneResult:
+    return LaneResult(lane="fixed", metric="accuracy", eval_before=0.125, eval_after=0.25, tune_after=tune,
+                      loss_before=2.0, loss_after=1.0, mean_rank=8.0, trained_parameters=1000.0)
+
+
+def test_the_table_has_a_tune_column_only_where_there_is_a_tune_split() -> None:
+    with_tune, without = table([result_row(0.5)]), table([result_row(float("nan"))])
+    assert with_tune[1].split() == ["fixed", "0.2500", "0.1250", "0.5000", "1.0000", "2.0000", "8.00", "1,000"]
+    assert without[1].split() == ["fixed", "0.2500", "0.1250", "1.0000", "2.0000", "8.00", "1,000"]
+    assert "tune accuracy" in with_tune[0]
+    assert "tune" not in without[0]
+
+
+def test_a_data_file_is_a_task_and_its_options_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lelora_env import training
+
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)))
+    seen = {}
+
+    def only_the_task(settings: training.TrainSettings) -> None:
+        from lelora_env.tasks import make_task
+
+        seen["task"] = make_task(settings.task_spec)
+        raise LeLoRAError("far enough")
+
+    monkeypatch.setattr(training, "make_lanes", only_the_task)
+    result = lelora("train", "--task", tmp_path / "reviews.csv", "--out", tmp_path / "run", "--model", "m",
+                    "--task-set", "eval_rows=7", "--task-set", "text_columns=text")
+    assert result.stderr == "lelora: error: far enough\n", result.output
+    task: Any = seen["task"]
+    assert (task.name, task.num_labels, task.eval_rows) == ("text", 2, 7)
+    lelora("train", "--task", f"text:{tmp_path / 'reviews.csv'}", "--out", tmp_path / "run", "--model", "m")
+    task = seen["task"]
+    assert (task.num_labels, task.eval_rows) == (2, None)
+
+
 def test_settings_reach_the_environment(tmp_path: Path) -> None:
     record = train(tmp_path / "run", "--steps", 2, "--rank-set", "0,4", "--set", "alpha=0.5",
                    "--set", "locations=minor", "--control", "none", "--agent-set", "learning_rate=0.01")
@@ -116,6 +171,20 @@ def test_settings_reach_the_environment(tmp_path: Path) -> None:
     (["--seed", "-1"], "seed must be"),
     (["--target-modules", "qeury"], "qeury"),
     (["--agent-set", "learning_rte=1"], "Did you mean 'learning_rate'"),
+    (["--agent-set", "learning_rate=abc"], "learning_rate of agent 'reinforce' must be a number (got 'abc')"),
+    (["--agent-set", "hidden=64,x"], "hidden of agent 'reinforce' must be a list, each an integer (got [64, 'x'])"),
+    (["--agent-set", "hidden=0"], "hidden must be a list of integers of at least 1 (got [0])"),
+    (["--agent-set", "device=gpu9"], "device must be a torch device"),
+    (["--agent-set", "preset=[1]"], "preset of agent 'reinforce' must be text (got [1])"),
+    (["--agent-set", "seed=1"], "use --seed"),
+    (["--agent", "fixed", "--agent-set", "location=[1]"], "location of agent 'fixed' must be"),
+    (["--agent", "fixed", "--agent-set", "allocation=5"], "allocation of agent 'fixed' must be a list"),
+    (["--agent", "ppo", "--agent-set", "learning_rate=abc"], "learning_rate of agent 'ppo' must be a number"),
+    (["--agent", "ppo", "--agent-set", "policy=None"], "ppo cannot be made"),
+    (["--task-set", "eval_rws=3"], "option of task 'planted'"),
+    (["--task-set", "name=sst2"], "use --task"),
+    (["--task", "reviws.csv", "--model", "minilm"], "no file or folder 'reviws.csv'"),
+    (["--set", "learning_rate=abc"], "learning_rate must be a positive number (got 'abc')"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
     task = [] if "--task" in arguments else ["--task", "planted"]
@@ -148,12 +217,47 @@ def test_an_unusable_folder_is_refused_before_any_work(tmp_path: Path, out: str)
 
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = lelora("train", "--task", "planted", "--out", out, "--steps", 30, "--learning-rate", "1e30")
+    result = lelora("train", "--task", "planted", "--out", out, "--steps", 30, "--learning-rate", "1e30",
+                    "--set", "max_grad_norm=1")
     assert result.exit_code == 2, result.output
     assert "diverged at env step" in result.stderr
-    assert "Lower --learning-rate" in result.stderr
+    assert "Lower --learning-rate, or max_grad_norm, which is 1.\n" in result.stderr
     assert RunRecord(out).status == "failed"
     assert "diverged" in RunRecord(out).info["error"]
+    result = lelora("train", "--task", "planted", "--out", tmp_path / "free", "--steps", 30, "--learning-rate", "1e30",
+                    "--set", "max_grad_norm=none")
+    assert "or set max_grad_norm.\n" in result.stderr
+
+
+def test_an_interruption_while_the_folder_is_made_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json = RunFolder.write_json
+
+    def interrupted(self: RunFolder, name: str, value: object) -> None:
+        if name == "config.json":
+            raise KeyboardInterrupt
+        write_json(self, name, value)
+
+    monkeypatch.setattr(RunFolder, "write_json", interrupted)
+    result = lelora("train", "--task", "planted", "--steps", 2, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (130, "lelora: interrupted\n")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (cli.Terminated(), 143)])
+def test_an_interruption_outside_of_a_run_is_one_line(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int) -> None:
+    def interrupted() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == "lelora: interrupted\n"
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -170,7 +274,7 @@ def test_an_interrupted_run_stays_readable(tmp_path: Path, kind: signal.Signals)
         time.sleep(0.05)
     process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == (130 if kind == signal.SIGINT else 143)
     assert "interrupted" in errors
     assert "Traceback" not in errors
     record = RunRecord(out)
@@ -187,14 +291,15 @@ def test_settings_are_read_as_what_they_look_like() -> None:
     assert parse_settings(pairs) == {
         "horizon": 3, "alpha": 1e-3, "common_random_numbers": True, "max_grad_norm": None, "spectrum": "full",
         "rank_set": [0, 2], "locations": ["primary", 0.25], "betas": [0.9, 0.95], "target_modules": "query,value"}
+    assert parse_settings(["columns=none", "hidden=64"]) == {"columns": None, "hidden": [64]}
 
 
 def test_options_of_their_own_win_over_settings() -> None:
     assert config_options(["horizon=3", "alpha=0"], {"horizon": 7, "device": None}) == {"horizon": 7, "alpha": 0}
     with pytest.raises(UnknownNameError, match="Did you mean 'horizon'"):
         config_options(["horizn=3"], {})
-    with pytest.raises(LeLoRAError, match="wrong kind"):
-        config_options(["alpha=[1"], {})
+    with pytest.raises(LeLoRAError, match="alpha must be a number"):
+        config_options(["alpha=[1"], {"horizon": 7})
 
 
 def test_progress_is_plain_lines_when_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

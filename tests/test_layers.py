@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("config", "keys", "reward", "capture", "reference", "loading", "arguments"),
+    ("config", "keys", "reward", "capture", "reference", "loading"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
-    ("bank",),
+    ("bank", "arguments"),
     ("adapter", "optim"),
     ("models", "batches"),
     ("attach", "features"),

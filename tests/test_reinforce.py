@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from agents import AgentSpec, History, Transition, make_agent, run
-from agents.reinforce import Reinforce, RunningMean
+from agents.reinforce import Reinforce, ReinforceConfig, RunningMean
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from tests.toy_env import Array, ToyEnv, ToyVectorEnv
 
@@ -167,6 +168,24 @@ def test_unknown_presets_and_bad_settings_are_refused() -> None:
         make_agent("reinforce", ToyEnv(), preset="papers")
     with pytest.raises(LeLoRAError, match="learning_rate must be a positive"):
         make_agent("reinforce", ToyEnv(), learning_rate=-1.0)
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), [
+    ("learning_rate", "abc", "a number"),
+    ("learning_rate", True, "a number"),
+    ("learning_rate", float("nan"), "a positive number"),
+    ("baseline_decay", None, "a number"),
+    ("baseline_decay", 1, r"in \[0, 1\)"),
+    ("embedding", 2.5, "an integer"),
+    ("embedding", -1, "an integer of at least 0"),
+    ("hidden", "64", "a list, each an integer"),
+    ("hidden", (64, 0), "a list of integers of at least 1"),
+    ("columns", "norm", "a list, each text or none"),
+    ("rank_zero_rule", 1, "true or false"),
+])
+def test_settings_of_the_wrong_kind_name_field_value_and_rule(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(LeLoRAError, match=rf"^{field}.* must be {rule} \(got {re.escape(repr(value))}\)$"):
+        ReinforceConfig(**{field: value})
 
 
 # --- the whole agent ------------------------------------------------------------------------------------------------

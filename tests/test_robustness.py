@@ -268,6 +268,13 @@ def test_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path) -> Non
         env.step(action_for(env, 1, 0))
 
 
+def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"zz {i},{i % 2}\n" for i in range(120)))
+    with pytest.raises(LeLoRAError, match="do not belong together"):
+        make_lanes(1, model=tiny_model("bert", num_labels=2), task=f"text:{tmp_path / 'rows.csv'}",
+                   tokenizer=bert_like(), **TINY).reset(seed=0)
+
+
 def test_encoders_are_refused_for_causal_tasks(tmp_path: Path) -> None:
     import transformers
 

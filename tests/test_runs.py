@@ -1,5 +1,6 @@
 """The run folder: readable at every moment, honest about how the run ended."""
 
+import errno
 import json
 import os
 import signal
@@ -87,6 +88,58 @@ def test_the_folder_says_how_the_run_ended(tmp_path: Path, error: BaseException,
     assert (record.info["error"] == "OSError: disk full") == (status == "failed")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_keeps_the_error_and_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows fails, whether it was open before or not; what is there can be written over."""
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run_on_a_full_disk() -> None:
+        with folder_at(tmp_path / "run") as folder:
+            write(folder, 2)
+            monkeypatch.setattr(Path, "write_bytes", no_space)
+            monkeypatch.setattr(Path, "write_text", no_space)
+            full = Path("/dev/full").open("w", encoding="utf-8")
+            folder._streams["metrics.jsonl"].close()
+            folder._streams["metrics.jsonl"] = full
+            folder.log("agent", 3, {"L1": 1.0})
+
+    with pytest.raises(LeLoRAError, match=r"cannot write .*metrics\.jsonl: No space left on device.*--out"):
+        run_on_a_full_disk()
+    monkeypatch.undo()
+    record = RunRecord(tmp_path / "run")
+    assert record.status == "failed"
+    assert "metrics.jsonl: No space left" in record.info["error"]
+    assert len(record.lanes[0].ranks) == 2
+
+
+def test_a_long_error_fits_into_the_room_kept_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run_on_a_full_disk() -> None:
+        with folder_at(tmp_path / "run"):
+            monkeypatch.setattr(Path, "write_bytes", no_space)
+            raise ValueError("\x01" * 9000)
+
+    with pytest.raises(ValueError, match="\x01"):
+        run_on_a_full_disk()
+    monkeypatch.undo()
+    assert RunRecord(tmp_path / "run").info["error"] == "ValueError: " + "\x01" * 488
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_tensorboard_on_a_full_disk_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    monkeypatch.setattr(RecordWriter, "flush", lambda self: Path("/dev/full").write_text("x"))
+    with folder_at(tmp_path / "run") as folder:
+        write(folder, 2)
+    assert RunRecord(tmp_path / "run").status == "finished"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     with folder_at(tmp_path / "run") as folder:
         write(folder, 2)
@@ -113,8 +166,13 @@ def test_sigkill_leaves_a_readable_folder(tmp_path: Path) -> None:
                           check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     record = RunRecord(tmp_path / "run")
-    assert record.status == "running"
+    assert record.info["status"] == "running"
+    assert record.status == "interrupted"  # its process is gone
     assert len(record.lanes[0].ranks) == 5
+    path = tmp_path / "run" / "run.json"
+    for change in ({"host": "elsewhere"}, {"pid": os.getpid()}):
+        path.write_text(json.dumps({**record.info, **change}))
+        assert RunRecord(tmp_path / "run").status == "running"
     assert not [p for p in (tmp_path / "run").iterdir() if p.suffix == ".tmp"]
 
 

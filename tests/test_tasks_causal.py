@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lelora_env.errors import DataError, UnknownNameError
+from lelora_env.errors import DataError, ModelError, UnknownNameError
 from lelora_env.tasks.causal import IGNORED
 from lelora_env.tasks.chat import chat_task, ultrafeedback_task
 from lelora_env.tasks.choice import ChoiceTask
 from lelora_env.tasks.commonsense import HUB_CHOICES, boolq_rows, choice_rows
+from lelora_env.tasks.dataset import DatasetTask
 from lelora_env.tasks.files import RawData
 from lelora_env.tasks.instruction import CausalTask, instruction_task
 from lelora_env.tasks.maths import math_task
@@ -286,6 +287,46 @@ def test_hub_rows_become_the_commonsense_format() -> None:
     assert boolq_rows({"question": ["is it"], "answer": [False]})["answer"] == ["false"]
     with pytest.raises(DataError, match="row 0 cannot be read"):
         choice_rows(arc | {"answerKey": ["D"]}, HUB_CHOICES["arc-e"], "arc")
+
+
+def test_rows_are_cut_to_what_the_model_can_take() -> None:
+    raw = table(40)
+    raw["instruction"][0] = "long " * 200
+    raw["output"][1] = "word " * 200
+    tokenizer = gpt_like()
+    tokenizer.model_max_length = 300
+    rows = instruction_task(data(raw), max_length=4000).splits(tokenizer, **SIZES)
+    assert rows.notes == {"answer_cut_off": 1, "truncated": 1}
+    assert max(rows[split]["input_ids"].shape[1] for split in SPLITS) == 300
+    talks = conversations(20)
+    talks["messages"][3][4]["content"] = "word " * 200
+    rows = chat_task(data(talks), chat_template="chatml").splits(tokenizer, **SIZES)
+    assert rows.notes == {"truncated": 1}
+    assert max(rows[split]["input_ids"].shape[1] for split in SPLITS) == 300
+    asked = choices(40)
+    asked["instruction"][1] = "very long " * 100 + asked["instruction"][1]
+    tokenizer.model_max_length = 400
+    assert ChoiceTask(data(asked)).splits(tokenizer, **SIZES).notes == {"answer_cut_off": 1}
+
+
+def test_the_reason_why_no_row_is_usable_is_named() -> None:
+    raw = table(40)
+    with pytest.raises(DataError, match="40 with the answer cut off at max_length"):
+        instruction_task(data(raw), max_length=5).splits(gpt_like(), **SIZES)
+    raw["output"] = [" "] * 40
+    with pytest.raises(DataError, match="40 without an answer"):
+        instruction_task(data(raw)).splits(gpt_like(), **SIZES)
+
+
+def test_a_model_without_a_language_model_head_is_refused() -> None:
+    batch = {"labels": torch.zeros(4, 7, dtype=torch.int64)}
+    rows = [{"labels": [0] * 7}] * 9
+    other = DatasetTask(rows, lambda rows: {"labels": torch.zeros(len(rows), 7)}, head="causal-lm")
+    for task in (instruction_task("x"), ChoiceTask("x"), other):
+        for output in ({"last_hidden_state": torch.zeros(4, 7, 2)}, torch.zeros(4, 2), torch.zeros(4, 8, 2)):
+            for method in (task.loss, task.predict):
+                with pytest.raises(ModelError, match="AutoModelForCausalLM"):
+                    method(output, batch)  # type: ignore[arg-type]
 
 
 def test_causal_tasks_need_a_tokenizer() -> None:

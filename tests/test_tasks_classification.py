@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lelora_env.errors import DataError, UnknownNameError
+from lelora_env.errors import DataError, ModelError, UnknownNameError
 from lelora_env.tasks import TASKS, Task, make_task
 from lelora_env.tasks.classification import TextClassification
+from lelora_env.tasks.dataset import DatasetTask
 from lelora_env.tasks.files import RawData
 from lelora_env.tasks.glue import TEXT_DATASETS
 from tests.small_tokenizers import bert_like, gpt_like
@@ -78,7 +79,7 @@ def test_string_labels_are_numbered_in_sorted_order_and_digits_by_value() -> Non
     assert task.label_names == ("neg", "neutral", "pos")
     assert task.num_labels == 3
     assert TextClassification(raw(["10", "9", "2"] * 5)).label_names == ("2", "9", "10")
-    assert TextClassification(raw([1, 4, 2] * 5)).label_names == (1, 2, 4)
+    assert TextClassification(raw([1, 4, 2] * 5), labels=[1, 2, 4]).label_names == (1, 2, 4)
     assert TextClassification(raw([False, True] * 5)).num_labels == 2
 
 
@@ -89,8 +90,14 @@ def test_string_labels_are_numbered_in_sorted_order_and_digits_by_value() -> Non
         ([0, 1, -1] * 5, {"num_labels": 2}, "labels -1 do not fit"),
         ([0.5, 1.0, 2.0] * 5, {}, "regression=True"),
         (["a", "b", "c"] * 5, {"num_labels": 2}, "3 different labels"),
-        ([1] * 15, {}, "1 different labels"),
-        ([0, 1, None] * 5, {}, "without a 'label'"),
+        ([1] * 15, {}, r"1 different labels .*all 15 labelled rows"),
+        ([0, 1] * 9 + [99], {}, r"0 \(9 rows\), 1 \(9 rows\), 99 \(1 row\).*without gaps"),
+        ([0, -1] * 9, {}, r"-1 \(9 rows\), 0 \(9 rows\).*\"labels\": \[-1, 0\]"),
+        ([1, 2, 3] * 9, {}, r"--task-set 'labels=\[1, 2, 3\]'"),
+        (["a", "b"] * 9 + ["bb"], {}, r"'bb' \(1 row\).*at least 2 rows of every class"),
+        ([*range(40)] * 2, {"labels": [0, 1]}, "do not fit a head of 2"),
+        ([f"c{i % 15}" for i in range(29)], {}, r"'c0' \(2 rows\).* 5 more, 'c9' \(2 rows\)"),
+        ([None, "", " "] * 5, {}, "15 training rows, 15 without a label, 0 of them"),
         ([[0], [1]] * 8, {}, "holds lists"),
         (["high"] * 15, {"regression": True}, "regression needs numbers"),
         ([float("nan")] * 15, {"regression": True}, "not finite"),
@@ -141,6 +148,86 @@ def test_blank_texts_are_left_out_and_counted() -> None:
     rows = splits_of(TextClassification(data))
     assert rows.notes == {"blank_text": 3}
     assert sum(len(rows.sources[split]) for split in ("train", "reward", "tune", "eval")) == 20
+
+
+@pytest.mark.parametrize("missing", [None, "", "  "])
+def test_rows_without_a_label_are_left_out_and_counted(missing: str | None) -> None:
+    labels = ["neg", "pos"] * 12
+    labels[5] = labels[8] = missing  # type: ignore[assignment]
+    task = TextClassification(raw(labels, eval_labels=["pos", missing, "neg"]))
+    rows = splits_of(task)
+    assert task.label_names == ("neg", "pos")
+    assert rows.notes == {"no_label": 3}
+    assert not {"train:5", "train:8"} & {name for split in ("train", "reward", "tune") for name in rows.sources[split]}
+    assert rows.sources["eval"] == ["validation:0", "validation:2"]
+
+
+def test_missing_labels_of_numbers_and_of_regression() -> None:
+    numbers = TextClassification(raw([0.0, 1.0, float("nan")] * 8))
+    assert splits_of(numbers).notes == {"no_label": 8}
+    assert numbers.label_names == (0, 1)
+    regression = TextClassification(raw(["0.5", "", "1.5"] * 8), regression=True)
+    made = splits_of(regression)
+    assert made.notes == {"no_label": 8}
+    assert set(made.train["labels"].tolist()) == {0.5, 1.5}
+
+
+def test_an_empty_cell_does_not_turn_a_csv_columns_numbers_into_texts(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, labels in (("train", ["0", "1", ""] * 8), ("validation", ["1", "0"])):
+        lines = [f"{split} {i},{label}" for i, label in enumerate(labels)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    task = make_task(f"text:{tmp_path}")
+    made = splits_of(task)
+    assert task.num_labels == 2
+    assert made.notes == {"no_label": 8}
+    assert made.eval["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("labels", ["0,1", 3, [0, 0], [0, 1, 2]])
+def test_senseless_lists_of_classes(labels: Any) -> None:
+    with pytest.raises(DataError, match="labels must be a list of different classes"):
+        TextClassification("x", labels=labels, num_labels=2)
+
+
+def test_blank_texts_alone_are_named_as_the_reason() -> None:
+    blank: dict[str, list[Any]] = {"text": [" "] * 9, "label": [0, 1, 0] * 3}
+    with pytest.raises(DataError, match="no usable training row: of 9 rows, 9 blank texts are left out"):
+        _ = TextClassification(RawData(blank, None, "eval", "rows")).num_labels
+    half: dict[str, list[Any]] = {"text": [" "] * 9 + ["a", "b", "c", "d"], "label": [0, 1] * 6 + [0]}
+    with pytest.raises(DataError, match="13 training rows, 9 blank texts, 4 of them distinct"):
+        splits_of(TextClassification(RawData(half, None, "eval", "rows")))
+    with pytest.raises(DataError, match=r"no usable row.*9 blank texts"):
+        splits_of(TextClassification(RawData(raw([0, 1] * 10).train, blank, "validation", "rows")))
+
+
+def test_one_row_is_said_to_be_one_row() -> None:
+    with pytest.raises(DataError, match="the only row: 1"):
+        _ = TextClassification(raw([1])).num_labels
+
+
+@pytest.mark.parametrize(("known", "longest"), [(9, 9), (64, 12), (int(1e30), 12), (-1, 12), (9.0, 9)])
+def test_rows_are_cut_to_what_the_model_can_take(known: float, longest: int) -> None:
+    data = RawData({"text": [f"{i} " + "y" * 30 for i in range(10, 40)], "label": [0, 1] * 15}, None, "eval", "rows")
+    tokenizer = bert_like()
+    tokenizer.model_max_length = known
+    rows = TextClassification(data, max_length=12).splits(tokenizer, reward_size=4, tune_size=4, seed=0)
+    assert {rows[split]["input_ids"].shape[1] for split in ("train", "reward", "tune", "eval")} == {longest}
+    assert rows.notes == {"truncated": 30}
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    batch = {"labels": torch.zeros(4, dtype=torch.int64)}
+    own = DatasetTask([{"labels": 0}] * 9, lambda rows: {"labels": torch.zeros(len(rows))})
+    text = TextClassification(raw([0, 1] * 10))
+    bare = {"last_hidden_state": torch.zeros(4, 7, 2)}
+    for output in (bare, torch.zeros(4, 7, 2), torch.zeros(2), torch.zeros(3, 2)):
+        for method in (text.loss, text.predict, own.loss, own.predict):
+            with pytest.raises(ModelError, match=r"AutoModelForSequenceClassification\(num_labels=2\)"):
+                method(output, batch)  # type: ignore[arg-type]
 
 
 def test_no_tokenizer() -> None:

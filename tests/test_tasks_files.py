@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,32 @@ def test_empty_files(tmp_path: Path, content: bytes) -> None:
         read_raw(path)
 
 
+@pytest.mark.parametrize("name", ["header.csv", "header.tsv"])
+def test_a_header_without_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text,label\n")
+    with pytest.raises(DataError, match="no rows"):
+        read_raw(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": \n', bytes(range(128, 256))])
+def test_nothing_but_our_own_message_for_broken_files(tmp_path: Path, content: bytes) -> None:
+    import datasets
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger, before = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    logger.addHandler(handler)
+    (tmp_path / "broken.jsonl").write_bytes(content)
+    try:
+        with pytest.raises(DataError, match="cannot read"):
+            read_raw(tmp_path / "broken.jsonl")
+    finally:
+        logger.removeHandler(handler)
+    assert lines == []
+    assert datasets.logging.get_verbosity() == before
+
+
 def test_broken_and_unknown_files(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"a": 1}\n{"a": \n')
@@ -114,6 +141,8 @@ def test_an_unreachable_hub_says_what_to_do() -> None:
 def test_a_missing_column_is_named_with_the_closest() -> None:
     with pytest.raises(DataError, match=r"no column 'sentence'\. Did you mean 'sentense'\?"):
         require_columns({"sentense": [], "label": []}, ["sentence"], "file")
+    with pytest.raises(DataError, match=r'"text_columns": "sentense"}.*--task-set text_columns=sentense\)'):
+        require_columns({"sentense": [], "label": []}, ["sentence"], "file", "text_columns")
 
 
 def test_the_users_progress_bar_setting_comes_back(tmp_path: Path) -> None:

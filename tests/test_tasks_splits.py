@@ -77,6 +77,13 @@ def test_too_few_rows_say_how_many_are_needed(keys: list[str], named: str) -> No
     assert "Lower reward_size or tune_size" in str(error.value)
 
 
+def test_a_task_option_is_named_as_it_can_be_given() -> None:
+    keys = [str(i) for i in range(100)]
+    with pytest.raises(DataError, match=r'"eval_rows": 85}.*--task-set eval_rows=85\)'):
+        plan_rows(keys, None, reward_size=10, tune_size=4, seed=0, eval_rows=95)
+    assert len(plan_rows(keys, None, reward_size=10, tune_size=4, seed=0, eval_rows=85).train) == 1
+
+
 def test_exactly_enough_rows_are_enough() -> None:
     plan = plan_rows(["a", "b", "c", "d", "e", "f"], ["x"], reward_size=2, tune_size=3, seed=0)
     assert len(plan.train) == 1

@@ -2,11 +2,12 @@
 
 Shapes: N rows · T tokens · V vocabulary.
 
-Policy for rows that are longer than `max_length`: the prompt is kept and the end of the row is cut off
-(note ``"truncated"``); a row whose answer would be cut off *entirely* is dropped (note
-``"answer_cut_off"``), so that no row is without a loss.
+Policy for rows that are longer than `max_length` (or than the tokeniser's ``model_max_length``): the
+prompt is kept and the end of the row is cut off (note ``"truncated"``); a row whose answer would be cut
+off *entirely* is dropped (note ``"answer_cut_off"``), so that no row is without a loss.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.errors import DataError
-from lelora_env.tasks.base import Rows, next_token_losses
+from lelora_env.errors import DataError, ModelError
+from lelora_env.tasks.base import Rows, causal_rows, next_token_losses
 from lelora_env.tasks.files import RawData, Table, select_rows, table_length
+from lelora_env.tasks.hints import set_option
 from lelora_env.tasks.splits import sample_pool
-from lelora_env.tasks.tokens import Ragged, attention_mask, pad
+from lelora_env.tasks.tokens import Ragged, attention_mask, pad, row_limit
 
 IGNORED = -100
 """The label of tokens that carry no loss."""
@@ -90,8 +92,9 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example | None], max_leng
     Args:
         tokenizer: A Hugging Face tokeniser.
         examples: N rows; ``None`` gives an unusable row.
-        max_length: Longest row in tokens.
+        max_length: Longest row in tokens, if the tokeniser's ``model_max_length`` is not less.
     """
+    max_length = row_limit(tokenizer, max_length)
     texts = list(dict.fromkeys(segment.text for e in examples if e is not None for segment in e.segments))
     tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     known = dict(zip(texts, tokens, strict=True))
@@ -148,12 +151,41 @@ def choose_pool(raw: RawData, *, held_out_rows: int, train_rows: int | None, see
     return Pool(raw.train if len(index) == size else select_rows(raw.train, index), index, raw.eval)
 
 
-def count_unusable(examples: Sequence[Example | None], encoded: Encoded, notes: dict[str, int]) -> None:
-    """Add to `notes` how many rows cannot be formatted, and how many lost their whole answer."""
+def count_unusable(examples: Sequence[Example | None], encoded: Encoded) -> Counter[str]:
+    """How many rows cannot be formatted, and how many lost their whole answer."""
     unformatted = sum(example is None for example in examples)
-    for reason, count in (("no_answer", unformatted), ("answer_cut_off", int((~encoded.usable).sum()) - unformatted)):
-        if count:
-            notes[reason] = notes.get(reason, 0) + count
+    return +Counter(no_answer=unformatted, answer_cut_off=int((~encoded.usable).sum()) - unformatted)
+
+
+def check_token_logits(logits: Any, labels: Tensor) -> None:
+    """Check that a model gave logits for every token.
+
+    Args:
+        logits: What the model gave.
+        labels: (N, T) or wider.
+
+    Raises:
+        ModelError: It is no tensor of shape (N, T, V), as from a model without a language-model head.
+    """
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 3 or shape[0] != labels.shape[0] or shape[1] > labels.shape[1]:
+        got = type(logits).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise ModelError("the module returns no logits of shape (rows, tokens, vocabulary), but "
+                         f"{got} for {labels.shape[0]} rows; load it with AutoModelForCausalLM")
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss (nats) and number of the learnt tokens of each row: total and weight, each (N,).
+
+    Args:
+        logits: (N, T, V).
+        labels: (N, T) or wider, `IGNORED` = not learnt.
+
+    Raises:
+        ModelError: No logits of that shape.
+    """
+    check_token_logits(logits, labels)
+    return causal_rows(logits, labels)
 
 
 def token_statistics(logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,7 +194,11 @@ def token_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (N, T, V).
         labels: (N, T), `IGNORED` = not learnt.
+
+    Raises:
+        ModelError: No logits of that shape.
     """
+    check_token_logits(logits, labels)
     loss, following = next_token_losses(logits, labels)  # (N, T)
     learnt = following != IGNORED
     right = (logits.argmax(-1) == following) & learnt
@@ -176,4 +212,4 @@ def check_max_length(max_length: int) -> None:
         DataError: Less than 2 tokens.
     """
     if max_length < 2:
-        raise DataError(f"max_length must be at least 2 (got {max_length})")
+        raise DataError(f"max_length must be at least 2 (got {max_length}); give {set_option('max_length', 128)}")

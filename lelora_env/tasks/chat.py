@@ -7,6 +7,7 @@ from typing import Any
 from lelora_env.errors import DataError
 from lelora_env.tasks.causal import Example, Formatter, Segment
 from lelora_env.tasks.files import RawData, Table, require_columns
+from lelora_env.tasks.hints import set_option
 from lelora_env.tasks.instruction import CausalTask
 from lelora_env.tasks.prompts import make_example, prompt_templates
 from lelora_env.tasks.splits import content_key
@@ -43,10 +44,11 @@ def chat_format(column: str, chat_template: str | None) -> Formatter:
     template = CHATML if chat_template == "chatml" else chat_template
 
     def formatter(table: Table, tokenizer: Any, where: str) -> list[Example | None]:
-        require_columns(table, (column,), where)
+        require_columns(table, (column,), where, "column")
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise DataError(f"{where} holds conversations, but the tokenizer has no chat template; use an instruction-"
-                            "tuned model, or give chat_template='chatml' or a Jinja template of your own")
+                            f"tuned model, or give a Jinja template of your own or "
+                            f"ChatML: {set_option('chat_template', 'chatml', 'chat')}")
         examples = [_example(tokenizer, messages, template, where) for messages in table[column]]
         if examples and not any(examples):
             raise DataError(f"{where}: no conversation in column {column!r} has an assistant's turn that the chat "

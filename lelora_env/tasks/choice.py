@@ -19,9 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.tasks.base import Head, Rows, Splits, causal_rows
+from lelora_env.tasks.base import Head, Rows, Splits
 from lelora_env.tasks.candidates import Question, first_candidate, read_questions, share_right
-from lelora_env.tasks.causal import Encoded, check_max_length, choose_pool, encode_examples, token_statistics
+from lelora_env.tasks.causal import (
+    Encoded,
+    check_max_length,
+    choose_pool,
+    encode_examples,
+    token_losses,
+    token_statistics,
+)
 from lelora_env.tasks.commonsense import read_commonsense
 from lelora_env.tasks.files import RawData, Table, read_raw
 from lelora_env.tasks.instruction import Generate, pick_rows
@@ -43,7 +50,7 @@ class ChoiceTask:
         data: A file, a folder, a hub name, rows already read, or ``None`` for the hub data set `name`.
         name: The task's name.
         prompt: See `lelora_env.tasks.instruction.instruction_task`.
-        max_length: Longest row in tokens.
+        max_length: Longest row in tokens; what the model can take, where that is less.
         train_rows: At most so many training questions; ``None`` for all.
         eval_rows: At most so many eval questions; ``None`` for all.
     """
@@ -92,6 +99,7 @@ class ChoiceTask:
             reward_size=reward_size, tune_size=tune_size, seed=seed,
             train_rows=self.train_rows, eval_rows=self.eval_rows,
             usable=train.usable, eval_usable=official.usable if official is not None else None,
+            left_out=train.left_out, eval_left_out=official.left_out if official is not None else {},
         )
         sources = plan.sources(raw.eval_name, pool.index)
         rows: dict[str, Rows] = {}
@@ -107,8 +115,12 @@ class ChoiceTask:
         return Splits(**rows, sources=sources, notes={reason: count for reason, count in notes.items() if count})
 
     def loss(self, logits: Tensor, batch: Rows) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy of the answer, nats; see `Task.loss`."""
-        return causal_rows(logits, batch["labels"])
+        """Next-token cross-entropy of the answer, nats; see `Task.loss`.
+
+        Raises:
+            ModelError: A model that gives no logits of shape (N, T, V).
+        """
+        return token_losses(logits, batch["labels"])
 
     def predict(self, logits: Tensor, batch: Rows) -> Tensor:
         """Summed loss and number of answer tokens: (N, 2)."""

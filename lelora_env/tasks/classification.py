@@ -5,7 +5,9 @@ Shapes: N rows · T tokens · C classes.
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from lelora_env.errors import DataError, UnknownNameError
 from lelora_env.tasks.base import Head, Rows, Splits, cross_entropy_rows, squared_error_rows
-from lelora_env.tasks.files import EVAL_NAMES, RawData, Table, read_raw, require_columns
+from lelora_env.tasks.files import EVAL_NAMES, RawData, Table, read_raw, require_columns, table_length
+from lelora_env.tasks.hints import describe, set_option
+from lelora_env.tasks.labels import check_class_logits, class_names, labelled, restore_numbers
 from lelora_env.tasks.metrics import METRICS
 from lelora_env.tasks.splits import content_key, plan_rows
 from lelora_env.tasks.tokens import encode_texts, need_tokenizer
@@ -29,8 +33,8 @@ class TextClassification:
     """Classification, or regression, of a text or a pair of texts.
 
     Columns: ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokeniser has them, and
-    ``labels`` (N,). Rows without any text are left out (note ``"blank_text"``); texts longer than
-    `max_length` are cut (note ``"truncated"``).
+    ``labels`` (N,). Rows without any text are left out (note ``"blank_text"``), and so are rows without
+    a label (``"no_label"``); texts longer than `max_length` are cut (``"truncated"``).
 
     Args:
         data: A file, a folder with ``train.*`` and ``validation.*``, a hub name (see `read_raw`),
@@ -38,10 +42,13 @@ class TextClassification:
         text_columns: One or two columns; ``None`` takes the first of `TEXT_COLUMNS` that is there.
         label_column: The column of labels: integers, or strings (numbered in sorted order).
         regression: Labels are real numbers; one output, squared error.
-        num_labels: Number of classes; ``None`` counts the different labels of the training rows.
+        num_labels: Number of classes; ``None`` counts the different labels of the training rows. These
+            must then be texts, or numbers from 0 without gaps, with 2 rows or more of each.
+        labels: The classes in the order of their numbers, such as ``[1, 2, 3, 4, 5]``; ``None`` takes
+            those of the training rows, sorted.
         metrics: Names from `METRICS`, the main one first; by default accuracy and macro F1, or
             Pearson's and Spearman's correlation.
-        max_length: Longest row in tokens.
+        max_length: Longest row in tokens; what the model can take, where that is less.
         train_rows: At most so many training rows; ``None`` for all.
         eval_rows: At most so many eval rows; ``None`` for all.
         name: The task's name.
@@ -61,6 +68,7 @@ class TextClassification:
         label_column: str = "label",
         regression: bool = False,
         num_labels: int | None = None,
+        labels: Sequence[Any] | None = None,
         metrics: Sequence[str] | None = None,
         max_length: int = 128,
         train_rows: int | None = None,
@@ -81,10 +89,9 @@ class TextClassification:
         self._data, self._subset, self._eval_splits = data, subset, tuple(eval_splits)
         self._text_columns = (text_columns,) if isinstance(text_columns, str) else text_columns
         self._column_candidates = tuple(tuple(names) for names in column_candidates)
-        self._label_column, self._num_labels = label_column, num_labels
-        if num_labels is not None and num_labels < 2 and not regression:
-            raise DataError(f"num_labels must be at least 2 (got {num_labels}); for real-valued labels give "
-                            "regression=True")
+        self._label_column, self._labels_given = label_column, labels
+        self._num_labels = len(labels) if isinstance(labels, list | tuple) and num_labels is None else num_labels
+        self._check_labels()
 
     @cached_property
     def num_labels(self) -> int:
@@ -93,27 +100,26 @@ class TextClassification:
             return 1
         return self._num_labels or len(self.label_names)
 
+    def _check_labels(self) -> None:
+        labels, count = self._labels_given, self._num_labels
+        fits = isinstance(labels, list | tuple) and len(set(labels)) == count and not self.regression
+        if labels is not None and not fits:
+            raise DataError(f"labels must be a list of different classes, as many as num_labels if that is given, and "
+                            f"cannot go with regression (got {labels!r}); give {set_option('labels', [1, 2], 'text')}")
+        if count is not None and count < 2 and not self.regression:
+            raise DataError(f"num_labels must be at least 2 (got {count}); for real-valued labels give "
+                            f"regression=True: {set_option('regression', True, 'text')}")
+
     @cached_property
     def label_names(self) -> tuple[Any, ...]:
         """The label of each class number."""
-        try:
-            values = set(self._raw.train[self._label_column])
-        except TypeError as error:
-            raise DataError(f"{self._raw.where}: column {self._label_column!r} holds lists or dictionaries; expected "
-                            "one number or text a row") from error
-        if self._num_labels and all(isinstance(value, int | float) for value in values):
-            return tuple(range(self._num_labels))
-        if None in values:
-            raise DataError(f"{self._raw.where} has training rows without a {self._label_column!r}; remove them")
-        if any(isinstance(value, float) and not value.is_integer() for value in values):
-            raise DataError(f"{self._raw.where} has labels such as {min(values)!r} that are no class numbers; for "
-                            "real-valued labels give regression=True")
-        names = tuple(sorted(values, key=_label_order))
-        if len(names) < 2 or (self._num_labels and len(names) > self._num_labels):
-            wanted = f"at most {self._num_labels}" if self._num_labels else "at least 2"
-            raise DataError(f"{self._raw.where} has {len(names)} different labels in column {self._label_column!r}; "
-                            f"expected {wanted}")
-        return names
+        table = self._raw.train
+        values = [table[self._label_column][i] for i in np.flatnonzero(self._usable(table))]
+        if not values and self._labels_given is None:
+            raise DataError(f"{self._raw.where} has no usable training row: of {table_length(table)} rows, "
+                            f"{describe(self._left_out(table)) or 'none'} are left out")
+        return class_names(values, given=self._labels_given, num_labels=self._num_labels, where=self._raw.where,
+                           column=self._label_column)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,8 +138,12 @@ class TextClassification:
             raw = read_raw(raw, subset=self._subset, eval_splits=self._eval_splits)
         for table in (raw.train, raw.eval):
             if table is not None:
-                require_columns(table, (*self._columns(table), self._label_column), raw.where)
-        return raw
+                require_columns(table, self._columns(table), raw.where, "text_columns")
+                require_columns(table, (self._label_column,), raw.where, "label_column")
+        tables = [table for table in (raw.train, raw.eval) if table is not None]
+        columns = restore_numbers([table[self._label_column] for table in tables])
+        tables = [{**table, self._label_column: column} for table, column in zip(tables, columns, strict=True)]
+        return replace(raw, train=tables[0], eval=tables[1] if raw.eval is not None else None)
 
     def _columns(self, table: Table) -> tuple[str, ...]:
         if self._text_columns is not None:
@@ -150,30 +160,30 @@ class TextClassification:
         need_tokenizer(tokenizer, self.name)
         raw = self._raw
         held = raw.eval
+        left_out = self._left_out(raw.train)
         plan = plan_rows(
             self._keys(raw.train), self._keys(held) if held is not None else None,
             reward_size=reward_size, tune_size=tune_size, seed=seed,
             train_rows=self.train_rows, eval_rows=self.eval_rows,
             usable=self._usable(raw.train), eval_usable=self._usable(held) if held is not None else None,
+            left_out=left_out, eval_left_out=self._left_out(held) if held is not None else {},
         )
-        notes = dict(plan.notes)
-        blank = sum(int((~self._usable(table)).sum()) for table in (raw.train, held) if table is not None)
-        if blank:
-            notes["blank_text"] = blank
+        notes = Counter(plan.notes) + left_out + (self._left_out(held) if held is not None else Counter())
         rows: dict[str, Rows] = {}
         for split in ("train", "reward", "tune", "eval"):
             table = held if split == "eval" and held is not None else raw.train
             rows[split], cut = self._encode(tokenizer, table, plan[split])
-            if cut:
-                notes["truncated"] = notes.get("truncated", 0) + cut
-        return Splits(**rows, sources=plan.sources(raw.eval_name), notes=notes)
+            notes["truncated"] += cut
+        return Splits(**rows, sources=plan.sources(raw.eval_name), notes=dict(+notes))
 
     def loss(self, logits: Tensor, batch: Rows) -> tuple[Tensor, Tensor]:
         """Cross-entropy (nats) or squared error of each row; see `Task.loss`.
 
         Raises:
+            ModelError: A model that gives no logits of shape (N, C), such as a bare encoder.
             DataError: A head of another size than `num_labels`.
         """
+        check_class_logits(logits, len(batch["labels"]), self.num_labels)
         if logits.shape[-1] != self.num_labels:
             raise DataError(f"task {self.name!r} has {self.num_labels} labels, but the model's head gives "
                             f"{logits.shape[-1]} outputs; load the model with num_labels={self.num_labels}")
@@ -200,9 +210,23 @@ class TextClassification:
     def _keys(self, table: Table) -> list[str]:
         return [content_key(*texts) for texts in zip(*self._texts(table), strict=True)]
 
-    def _usable(self, table: Table) -> np.ndarray:
+    def _blank(self, table: Table) -> np.ndarray:
+        """(N,) bool, which rows have no text at all."""
         texts = self._texts(table)
-        return np.array([any(text.strip() for text in row) for row in zip(*texts, strict=True)], bool)
+        return np.array([not any(text.strip() for text in row) for row in zip(*texts, strict=True)], bool)
+
+    def _labelled(self, table: Table) -> np.ndarray:
+        return labelled(table[self._label_column], nan=not self.regression)  # (N,)
+
+    def _usable(self, table: Table) -> np.ndarray:
+        """(N,) bool, which rows have a text and a label."""
+        usable: np.ndarray = ~self._blank(table) & self._labelled(table)
+        return usable
+
+    def _left_out(self, table: Table) -> Counter[str]:
+        """How many rows cannot be used, by reason."""
+        blank = self._blank(table)
+        return +Counter(blank_text=int(blank.sum()), no_label=int((~blank & ~self._labelled(table)).sum()))
 
     def _encode(self, tokenizer: Any, table: Table, index: np.ndarray) -> tuple[Rows, int]:
         texts = [[column[i] for i in index] for column in self._texts(table)]
@@ -228,9 +252,3 @@ class TextClassification:
                             f"{self.num_labels} labels ({', '.join(map(repr, self.label_names[:10]))}); correct the "
                             "data or num_labels")
         return torch.tensor([numbering[value] for value in values], dtype=torch.int64)
-
-
-def _label_order(value: Any) -> tuple[int, float, str]:
-    """Numbers by value, also when written as text; then other texts by name."""
-    text = str(value)
-    return (0, float(text), text) if text.lstrip("-").isdigit() else (1, 0.0, text)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lelora_env.errors import DataError
-from lelora_env.tasks.base import Head, Rows, Splits, causal_rows, cross_entropy_rows, squared_error_rows
-from lelora_env.tasks.causal import token_statistics
+from lelora_env.tasks.base import Head, Rows, Splits, cross_entropy_rows, squared_error_rows
+from lelora_env.tasks.causal import token_losses, token_statistics
+from lelora_env.tasks.labels import check_class_logits
 from lelora_env.tasks.metrics import METRICS
 from lelora_env.tasks.splits import plan_rows
 
@@ -114,12 +115,18 @@ class DatasetTask:
         return Splits(**rows, sources=plan.sources("eval"), notes=plan.notes)
 
     def loss(self, logits: Tensor, batch: Rows) -> tuple[Tensor, Tensor]:
-        """The given loss, or the one that fits the head; see `Task.loss`."""
+        """The given loss, or the one that fits the head; see `Task.loss`.
+
+        Raises:
+            ModelError: A model that gives no logits of the shape that the default loss needs.
+            DataError: A head of another size than `num_labels`.
+        """
         if self._loss is not None:
             return self._loss(logits, batch)
         labels = batch[self._label_column]
         if self.head == "causal-lm":
-            return causal_rows(logits, labels)
+            return token_losses(logits, labels)
+        check_class_logits(logits, len(labels), self.num_labels)
         if logits.shape[-1] != self.num_labels:
             raise DataError(f"task {self.name!r} has num_labels={self.num_labels}, but the model's head gives "
                             f"{logits.shape[-1]} outputs; make them equal")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lelora_env.errors import DataError
+from lelora_env.tasks.hints import set_option
 
 Table = dict[str, list[Any]]
 """Columns by name, all of one length."""
@@ -80,8 +81,14 @@ def read_raw(
     return _read_hub(str(data), subset, train_split, eval_splits)
 
 
-def require_columns(table: Table, names: Iterable[str], where: str) -> None:
+def require_columns(table: Table, names: Iterable[str], where: str, option: str = "") -> None:
     """Check that a table has the columns `names`.
+
+    Args:
+        table: The table.
+        names: The columns that it must have.
+        where: Where the table comes from, for messages.
+        option: The task's option that names one of them, where there is one.
 
     Raises:
         DataError: One is missing; the message lists what is there and suggests the closest.
@@ -90,8 +97,9 @@ def require_columns(table: Table, names: Iterable[str], where: str) -> None:
         if name not in table:
             close = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise DataError(f"{where} has no column {name!r}.{hint} Its columns: {', '.join(sorted(table))}. "
-                            "Name the right columns in the task's options")
+            way_out = f"Name the right one: {set_option(option, close[0] if close else 'name')}" if option else (
+                "Rename the columns, or name the right ones in the task's options")
+            raise DataError(f"{where} has no column {name!r}.{hint} Its columns: {', '.join(sorted(table))}. {way_out}")
 
 
 def select_rows(table: Table, rows: Iterable[int]) -> Table:
@@ -152,6 +160,8 @@ def _read_files(files: Sequence[Path]) -> Table:
     try:
         table = _load(builder, split="train", data_files=[str(path) for path in files], **options)
     except Exception as error:
+        if "corresponds to no data" in str(error):  # a header and nothing below it
+            raise DataError(f"{where!r} has no rows below its header; expected at least one") from error
         raise DataError(f"cannot read {where!r} as {builder}: {_root_cause(error)}. Every row needs the same columns, "
                         "and every column one type") from error
     return _not_empty(table, where)
@@ -185,14 +195,16 @@ def _load(*args: Any, **options: Any) -> Table:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars for files that load in a moment; the user's setting comes back afterwards."""
+    """No progress bars, and no log lines beside our own messages; the user's settings come back afterwards."""
     import datasets
 
-    silent = datasets.are_progress_bars_disabled()
+    silent, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not silent:
             datasets.enable_progress_bars()
 

@@ -1,6 +1,7 @@
 """Instruction tuning of causal models: prompt in, answer out, loss on the answer only."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from lelora_env.errors import DataError
-from lelora_env.tasks.base import Head, Rows, Splits, causal_rows
+from lelora_env.tasks.base import Head, Rows, Splits
 from lelora_env.tasks.causal import (
     Example,
     Formatter,
@@ -18,6 +19,7 @@ from lelora_env.tasks.causal import (
     choose_pool,
     count_unusable,
     encode_examples,
+    token_losses,
     token_statistics,
 )
 from lelora_env.tasks.files import EVAL_NAMES, RawData, Table, read_raw, select_rows
@@ -43,7 +45,7 @@ class CausalTask:
         data: A file, a folder with ``train.*`` and ``validation.*``, a hub name, or rows already read.
         formatter: Makes the text of each row.
         judge: Whether a generated text answers like the reference; ``None`` if that cannot be told.
-        max_length: Longest row in tokens.
+        max_length: Longest row in tokens; what the model can take, where that is less.
         train_rows: At most so many training rows; ``None`` for all.
         eval_rows: At most so many eval rows; ``None`` for all.
         name: The task's name.
@@ -105,26 +107,28 @@ class CausalTask:
         encoded = encode_examples(tokenizer, examples, self.max_length)
         eval_examples = self._format(pool.eval, tokenizer, raw.where) if pool.eval is not None else examples
         eval_encoded = encode_examples(tokenizer, eval_examples, self.max_length) if pool.eval is not None else encoded
+        left_out, eval_left_out = count_unusable(examples, encoded), count_unusable(eval_examples, eval_encoded)
         plan = plan_rows(
             _keys(examples), _keys(eval_examples) if pool.eval is not None else None,
             reward_size=reward_size, tune_size=tune_size, seed=seed, train_rows=self.train_rows,
             eval_rows=self.eval_rows, usable=encoded.usable, eval_usable=eval_encoded.usable,
+            left_out=left_out, eval_left_out=eval_left_out,
         )
-        notes = dict(plan.notes)
-        count_unusable(examples, encoded, notes)
-        if pool.eval is not None:
-            count_unusable(eval_examples, eval_encoded, notes)
+        notes = Counter(plan.notes) + left_out + (eval_left_out if pool.eval is not None else Counter())
         rows: dict[str, Rows] = {}
         for split in ("train", "reward", "tune", "eval"):
             source = eval_encoded if split == "eval" else encoded
             rows[split] = source.rows(plan[split], pad_id(tokenizer))
-            notes["truncated"] = notes.get("truncated", 0) + int(source.cut[plan[split]].sum())
-        notes = {reason: count for reason, count in notes.items() if count}
-        return Splits(**rows, sources=plan.sources(raw.eval_name, pool.index), notes=notes)
+            notes["truncated"] += int(source.cut[plan[split]].sum())
+        return Splits(**rows, sources=plan.sources(raw.eval_name, pool.index), notes=dict(+notes))
 
     def loss(self, logits: Tensor, batch: Rows) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy of the answers, nats; see `Task.loss`."""
-        return causal_rows(logits, batch["labels"])
+        """Next-token cross-entropy of the answers, nats; see `Task.loss`.
+
+        Raises:
+            ModelError: A model that gives no logits of shape (N, T, V).
+        """
+        return token_losses(logits, batch["labels"])
 
     def predict(self, logits: Tensor, batch: Rows) -> Tensor:
         """Summed loss, number of answer tokens, number guessed right: (N, 3)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lelora_env.errors import DataError
+from lelora_env.errors import DataError, ModelError
 from lelora_env.tasks.hints import set_option
 
 SHOWN = 10
@@ -87,6 +87,19 @@ def class_names(
     if num_labels is None:
         _check_classes(names, counts, numbers=numbers, found=found)
     return names
+
+
+def check_class_logits(logits: Any, rows: int, num_labels: int) -> None:
+    """Check that a model gave one row of logits for each row; their number is left to the caller.
+
+    Raises:
+        ModelError: It gave something else, as a model without a classification head does.
+    """
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != rows:
+        got = type(logits).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise ModelError(f"the module returns no logits of shape (rows, num_labels), but {got} for {rows} rows; load "
+                         f"it with AutoModelForSequenceClassification(num_labels={num_labels})")
 
 
 def _check_classes(names: tuple[Any, ...], counts: Mapping[Any, int], *, numbers: bool, found: str) -> None:

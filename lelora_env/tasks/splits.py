@@ -1,11 +1,12 @@
 """Which row goes into which split: pure and seeded, by content, before anything is tokenised."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lelora_env.errors import DataError
+from lelora_env.tasks.hints import describe, set_option
 
 _PURPOSE = {"split": 0, "eval": 1, "pool": 2}
 
@@ -78,6 +79,8 @@ def plan_rows(
     eval_rows: int | None = None,
     usable: np.ndarray | None = None,
     eval_usable: np.ndarray | None = None,
+    left_out: Mapping[str, int] | None = None,
+    eval_left_out: Mapping[str, int] | None = None,
 ) -> RowPlan:
     """Split rows into train / reward / tune / eval, disjoint by row *and* by content.
 
@@ -96,14 +99,18 @@ def plan_rows(
         eval_rows: At most so many eval rows; ``None`` for all.
         usable: (N,) bool, which training rows may be used at all; ``None`` for all.
         eval_usable: The same for the held-out rows.
+        left_out: Why training rows are not usable, counted by reason; for messages.
+        eval_left_out: The same for the held-out rows.
 
     Raises:
         DataError: Too few rows for the held-out splits and one training row.
     """
-    sizes = {"reward_size": reward_size, "tune_size": tune_size, "train_rows": train_rows, "eval_rows": eval_rows}
-    for name, value in sizes.items():
-        if value is not None and value < (0 if name == "tune_size" else 1):
-            raise DataError(f"{name} must be at least {0 if name == 'tune_size' else 1} (got {value})")
+    sizes: dict[str, int | None] = {"reward_size": reward_size, "tune_size": tune_size}
+    for name, value in {**sizes, "train_rows": train_rows, "eval_rows": eval_rows}.items():
+        least = 0 if name == "tune_size" else 1
+        if value is not None and value < least:
+            hint = f"; give {set_option(name, 90)}, or leave it out for all" if name.endswith("_rows") else ""
+            raise DataError(f"{name} must be at least {least} (got {value}){hint}")
     order = generator(seed, "split").permutation(len(train_keys))
     if usable is not None:
         order = order[usable[order]]
@@ -113,11 +120,13 @@ def plan_rows(
         eval_index, blocked = np.zeros(0, np.int64), set[Hashable]()
     else:
         eval_size = 0
-        eval_index, blocked = _official_eval(eval_keys, eval_rows, eval_usable), set(eval_keys)
+        eval_index = _official_eval(eval_keys, eval_rows, eval_usable, eval_left_out or {})
+        blocked = set(eval_keys)
     in_eval = sum(train_keys[i] in blocked for i in order)
     taken, rest, repeats = _draw(order, train_keys, blocked, eval_size + reward_size + tune_size)
     if len(taken) < eval_size + reward_size + tune_size or not rest:
-        raise DataError(_too_few(len(train_keys), len(taken) + len(rest), sizes, held_out=held_out))
+        given = None if eval_keys is not None else eval_rows
+        raise DataError(_too_few(len(train_keys), len(taken) + len(rest), sizes, given, left_out or {}))
     first, reward, tune = np.split(np.array(taken), [eval_size, eval_size + reward_size])
     notes = {"train_row_in_eval": in_eval, "train_row_in_reward_or_tune": repeats}
     return RowPlan(
@@ -127,12 +136,16 @@ def plan_rows(
     )
 
 
-def _official_eval(keys: Sequence[Hashable], limit: int | None, usable: np.ndarray | None) -> np.ndarray:
+def _official_eval(
+    keys: Sequence[Hashable], limit: int | None, usable: np.ndarray | None, left_out: Mapping[str, int]
+) -> np.ndarray:
     index = np.arange(len(keys))
     if usable is not None:
         index = index[usable]
     if not len(index):
-        raise DataError("the held-out data have no usable row; expected at least one")
+        raise DataError(f"the held-out data have no usable row; expected at least one ({len(keys)} rows"
+                        f"{_because(left_out)}). Correct them, or leave them away: a part of the training rows is then "
+                        "held out")
     if limit is not None and limit < len(index):
         index = np.sort(generator(0, "eval").permutation(index)[:limit])
     return index
@@ -158,9 +171,21 @@ def _draw(
     return list(taken.values()), rest, repeats
 
 
-def _too_few(total: int, usable: int, sizes: dict[str, int | None], *, held_out: bool) -> str:
+def _because(left_out: Mapping[str, int]) -> str:
+    return f", {describe(left_out)}" if any(left_out.values()) else ""
+
+
+def _too_few(
+    total: int, usable: int, sizes: Mapping[str, int | None], given: int | None, left_out: Mapping[str, int]
+) -> str:
+    """The message for too few rows; `given` is the ``eval_rows`` asked for, if these are training rows."""
+    held_out = "eval_rows" in sizes
     names = ["reward_size", "tune_size", *(["eval_rows"] if held_out else [])]
     needed = sum(sizes[name] or 0 for name in names) + 1
     parts = " + ".join(f"{name}={sizes[name]}" for name in names)
-    return (f"too few rows: {total} training rows, {usable} of them distinct and usable, but {needed} are needed "
-            f"({parts} + at least 1 to train on). Lower {' or '.join(names)}, or give more rows")
+    advice = "Lower reward_size or tune_size"
+    if given is not None:
+        room = usable - needed + given
+        advice += f" or eval_rows, as in {set_option('eval_rows', max(1, room))},"
+    return (f"too few rows: {total} training rows{_because(left_out)}, {usable} of them distinct and usable, but "
+            f"{needed} are needed ({parts} + at least 1 to train on). {advice} or give more rows")

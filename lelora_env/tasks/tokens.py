@@ -26,6 +26,15 @@ def need_tokenizer(tokenizer: Any, task: str) -> None:
                         "id, or pass tokenizer=")
 
 
+def row_limit(tokenizer: Any, max_length: int) -> int:
+    """The longest row in tokens: `max_length`, or what the model can take if that is less.
+
+    Tokenisers that know no limit say so with a huge or a negative ``model_max_length``.
+    """
+    known = getattr(tokenizer, "model_max_length", None)
+    return min(max_length, int(known)) if isinstance(known, int | float) and 2 <= known < 1e6 else max_length
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id to pad with: the pad token, else the end-of-text token (GPT-2, Llama), else 0. Always masked out."""
     for name in ("pad_token_id", "eos_token_id"):
@@ -59,8 +68,9 @@ def encode_texts(
         tokenizer: A Hugging Face tokeniser, with or without a pad token.
         first: N texts.
         second: N second texts, or ``None``.
-        max_length: Longest row in tokens, special tokens included; longer ones are cut at the end
-            (of the longer text of a pair).
+        max_length: Longest row in tokens, special tokens included, if the tokeniser's
+            ``model_max_length`` is not less (see `row_limit`); longer ones are cut at the end (of the
+            longer text of a pair).
 
     Returns:
         Columns ``input_ids``, ``attention_mask`` and, if the tokeniser gives them,
@@ -69,6 +79,7 @@ def encode_texts(
     pairs = [list(first)] if second is None else [list(first), list(second)]
     if not first:
         return {"input_ids": pad([], 0), "attention_mask": pad([], 0)}, 0
+    max_length = row_limit(tokenizer, max_length)
     encoded = tokenizer(*pairs, truncation=True, max_length=max_length, padding=False, verbose=False)
     ids = encoded["input_ids"]
     columns = {"input_ids": pad(ids, pad_id(tokenizer)), "attention_mask": attention_mask(ids)}
