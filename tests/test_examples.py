@@ -54,12 +54,12 @@ def test_examples_run(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPat
 
 def test_readme_names_files_that_exist() -> None:
     """The annotated tree and the examples that the text points to."""
-    tree = README.split("## Where is what")[1].split("## Limits")[0]
+    tree = README.split("## Where is what")[1].split("\n## ")[0]
     named = {name for name in re.findall(r"\b([a-z_]+\.py)\b", tree) if name != "base.py"}
     there = {p.name for p in (ROOT / "lelora_env").glob("*.py")} - {"__init__.py"}
     assert named == there
-    for name in re.findall(r"examples/(\w+\.py)", README):
-        assert (ROOT / "examples" / name).exists()
+    for name in re.findall(r"((?:examples|benchmarks)/\w+\.py)", README):
+        assert (ROOT / name).exists()
 
 
 def test_readme_versions_are_those_of_the_package() -> None:

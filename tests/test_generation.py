@@ -26,7 +26,8 @@ def test_trained_answers_are_generated_and_judged(tmp_path: Path) -> None:
                 row["output"] = f"the correct answer is {row['answer']}"
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = gpt_like()
-    model = tiny_model("llama", "causal-lm", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    model = tiny_model("llama", "causal-lm", vocab_size=len(tokenizer), tie_word_embeddings=True,
+                       max_position_embeddings=256)
     env = make_lanes(1, model=model, task=f"boolq:{folder}", tokenizer=tokenizer, target_modules="all-linear",
                      rank_set=(0, 16), parametrisation="unit", learning_rate=0.01, horizon=120, batch_size=8,
                      reward_size=8, tune_size=4, max_grad_norm=1.0)
