@@ -236,7 +236,7 @@ def test_prefixed_id_works_in_a_spawned_worker(tmp_path: Path) -> None:
             "    print(q.get(timeout=100)); p.join()\n")
     script = tmp_path / "spawned.py"
     script.write_text(code)
-    root = str(Path(__file__).parents[1])
+    root = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=150,
                          env={**os.environ, "PYTHONPATH": root})
     assert out.stdout.strip() == "(24, 36)"
