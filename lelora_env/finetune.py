@@ -169,13 +169,10 @@ class FineTuner:
             seed: Key of its data order, dropout and head start.
             episode: Further part of the key.
         """
-        with torch.no_grad():
-            for name, parameter in self.bank.rows.items():
-                parameter[lane].copy_(self.bank.reference[name])
-                for key in OWN_STATE:
-                    self.optimiser.state[parameter][key][lane].zero_()
-            if HEAD in self.bank.rows:
-                self.bank.rows[HEAD][lane, 0].copy_(head_start(self.base, self.lane_model, seed, episode))
+        rows = dict(self.bank.reference)
+        if HEAD in rows:
+            rows[HEAD] = head_start(self.base, self.lane_model, seed, episode).unsqueeze(0)
+        self.put_rows(lane, rows)
         self.seeds[lane], self.episodes[lane], self.steps[lane] = seed, episode, 0
 
     def put_rows(self, lane: int, rows: dict[str, Tensor]) -> None:
@@ -401,14 +398,8 @@ class FineTuner:
                              "another parametrisation.")
 
     def set_state(self, lane: int, state: dict[str, Tensor]) -> None:
-        """Put a state taken by `get_state` into a lane, bitwise.
-
-        Raises:
-            ModelError: The state belongs to another model, adapter or head.
-        """
-        targets = self._lane_tensors(lane)
-        self.check_state(state)
+        """Put a state that `check_state` accepts into a lane, bitwise."""
         with torch.no_grad():
-            for key, target in targets.items():
+            for key, target in self._lane_tensors(lane).items():
                 target.copy_(state[key])
         self.seeds[lane], self.episodes[lane], self.steps[lane] = (int(x) for x in state["finetune.clock"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lelora_env.allocation import ChoiceTable, build_choice_table
+from lelora_env.allocation import build_choice_table
 from lelora_env.bank import Spectrum, WeightSource, build_layout, build_spectrum
 from lelora_env.config import AdapterConfig, EnvConfig
 from lelora_env.errors import ModelError
@@ -40,7 +40,6 @@ class Base:
     Attributes:
         model: The module tree with the frozen weights.
         matrices: The adapted matrices, in model order.
-        table: The choices on offer for each.
         spectrum: Bank start and residuals.
         heads: Names of the task-head layers.
         fresh_heads: Those of them that the checkpoint has no weights for: each lane draws its own.
@@ -49,7 +48,6 @@ class Base:
 
     model: nn.Module
     matrices: list[MatrixInfo]
-    table: ChoiceTable
     spectrum: Spectrum
     heads: tuple[str, ...] = ()
     fresh_heads: frozenset[str] = frozenset()
@@ -236,7 +234,6 @@ def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: 
     return Base(
         model=model,
         matrices=matrices,
-        table=table,
         spectrum=spectrum,
         heads=heads,
         fresh_heads=frozenset(heads) & fresh,

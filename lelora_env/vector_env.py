@@ -204,7 +204,10 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             seeds = self._first_seeds(mask)
         for lane in np.flatnonzero(mask):
             self._start_lane(int(lane), seeds[lane])
-        return self._after_reset(mask), self._reset_infos(mask)
+        observations = self._after_reset(mask)
+        infos = self._clock_infos(mask)
+        self._add_instance(infos, mask)
+        return observations, infos
 
     def _first_seeds(self, mask: np.ndarray) -> list[int | None]:
         """Seeds for lanes that never had one: the instance's, or drawn; one for all under common random numbers."""
@@ -253,14 +256,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._add(infos, "optimiser_steps", self.tuner.steps, mask)
         return infos
 
-    def _reset_infos(self, mask: np.ndarray) -> Infos:
-        infos = self._clock_infos(mask)
-        if self.instance is not None:
-            self._add_instance(infos, mask)
-        return infos
-
     def _add_instance(self, infos: Infos, mask: np.ndarray) -> None:
-        self._add(infos, "instance", np.full(self.num_envs, self.instance, dtype=object), mask)
+        if self.instance is not None:
+            self._add(infos, "instance", np.full(self.num_envs, self.instance, dtype=object), mask)
 
     @staticmethod
     def _add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
@@ -306,8 +304,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for key, value in account.values.items():
             self._add(infos, key, value, running)
         infos |= self._clock_infos(np.ones_like(running))
-        if resetting.any() and self.instance is not None:
-            self._add_instance(infos, resetting)
+        self._add_instance(infos, resetting)
         terminated = running & (account.diverged | (clocks.env_steps >= self.horizon))
         limit = self.max_episode_steps
         truncated = running & ~terminated & (limit is not None and clocks.env_steps >= limit)
@@ -336,10 +333,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for lane in np.flatnonzero(done):
             self._start_lane(int(lane), None)
         observations = self._after_reset(done)
-        for key, value in self._reset_infos(done).items():
-            kept[key] = kept[key] | value if key.startswith("_") and key in kept else kept.get(key, value)
-            if not key.startswith("_"):
-                kept[key] = np.where(done, value, kept[key])
+        kept |= self._clock_infos(np.ones_like(done))
+        self._add_instance(kept, done)
         self._add(kept, "final_obs", final_obs, done)
         kept["final_info"], kept["_final_info"] = final, done.copy()
         return observations, kept
