@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class LaneContext:
     lane: int | None = None
     dropout_keys: Tensor | None = None
     leading: dict[str, list[int]] | None = None
+    _anchor: Tensor | None = None
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """An empty tensor that asks for a gradient, the same one every time; see `_SpectralProduct`."""
+        if self._anchor is None:
+            self._anchor = torch.zeros(0, device=device, requires_grad=True)
+        return self._anchor
 
     @contextlib.contextmanager
     def using(self, *, lane: int | None = None, dropout_keys: Tensor | None = None) -> Iterator[None]:
@@ -57,10 +65,10 @@ def _split_lanes(x: Tensor, lanes: int, name: str) -> Tensor:
 
 
 class SpectralLinear(nn.Module):
-    """x·Wᵀ + bias with W = residual + bank, one bank per lane (paper, Eq. 1).
+    """x·Wᵀ + bias with W = residual + Σ_k left_kᵀ·right_k, one bank per lane (paper, Eq. 1).
 
     The whole bank takes part in every forward pass; which of its components are *updated* is the
-    optimiser's business.
+    optimiser's business. The backward pass adds the gradients by both factors to buffers of the bank.
     """
 
     residual: Tensor
@@ -73,9 +81,7 @@ class SpectralLinear(nn.Module):
         self.context = context
         self.residual = residual
         self.bias = bias
-        self.left = self.right = residual.new_zeros(0)
-        self.sigma: Tensor | None = None
-        self.scale = 1.0
+        self.factors = self.gradients = (residual.new_zeros(0), residual.new_zeros(0))
         self.out_features, self.in_features = residual.shape
 
     @property
@@ -83,30 +89,81 @@ class SpectralLinear(nn.Module):
         """The residual, for model code that asks a linear layer for its weight's type or device."""
         return self.residual
 
-    def bind(self, left: Tensor, right: Tensor, sigma: Tensor | None, scale: float) -> None:
+    def bind(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
         """Give the layer its bank.
 
         Args:
-            left: (L, K, O) left vectors.
-            right: (L, K, I) right vectors.
-            sigma: (L, K, 1) singular values (``usv``) or ``None``.
-            scale: The constant c of ``unit``; 1 otherwise.
+            left: (L, K, O) left factors, in the residual's type, and the fp32 buffer for their gradient.
+            right: (L, K, I) right factors and the buffer for theirs.
         """
-        self.left, self.right, self.sigma, self.scale = left, right, sigma, scale
+        self.factors = left[0], right[0]
+        self.gradients = left[1], right[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply each lane's weight to its rows: (L·B, ..., I) to (L·B, ..., O)."""
-        left, right = self.context.pick(self.left), self.context.pick(self.right)
+        left, right = (self.context.pick(factor) for factor in self.factors)
         if self.context.leading is not None:
             self.context.leading.setdefault(self.name, []).append(x.shape[0])
-        base = nn.functional.linear(x, self.residual, self.bias)  # (L·B, ..., O)
         lanes = _split_lanes(x, left.shape[0], self.name)  # (L, B·T, I)
-        inner = torch.bmm(lanes, right.to(x.dtype).transpose(1, 2))  # (L, B·T, K)
-        if self.sigma is not None:
-            inner = inner * self.context.pick(self.sigma).to(x.dtype).transpose(1, 2)
-        elif self.scale != 1.0:
-            inner = inner * self.scale
-        return torch.baddbmm(base.view(*lanes.shape[:2], -1), inner, left.to(x.dtype)).view(base.shape)
+        if torch.is_grad_enabled():
+            gradients = tuple(self.context.pick(gradient) for gradient in self.gradients)
+            anchor = self.context.anchor(x.device)
+            y = _SpectralProduct.apply(lanes, anchor, self.residual, self.bias, left, right, gradients)
+        else:
+            y, _ = _product(lanes, self.residual, self.bias, left, right)
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+def _product(
+    x: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x·(residual + leftᵀ·right)ᵀ + bias for x (L, R, I): the product (L·R, O), and x·rightᵀ (L, R, K)."""
+    y = nn.functional.linear(x.flatten(0, 1), residual, bias)
+    inner = torch.bmm(x, right.transpose(1, 2))
+    y.view(*x.shape[:2], -1).baddbmm_(inner, left)
+    return y, inner
+
+
+class _SpectralProduct(torch.autograd.Function):
+    """`_product` with a backward pass that adds to the bank's gradient buffers instead of making new tensors.
+
+    The anchor is a tensor that asks for a gradient and gets none: it makes autograd visit layers whose
+    input needs no gradient (those next to the embeddings).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, anchor: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
+        gradients: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        y, inner = _product(x, residual, bias, left, right)
+        ctx.save_for_backward(x, inner)
+        ctx.constants = residual, left, right, gradients  # static buffers of model and bank: nothing to keep alive
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, inner = ctx.saved_tensors
+        residual, left, right, (left_grad, right_grad) = ctx.constants
+        dy = dy.view(*x.shape[:2], -1)  # (L, R, O)
+        d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
+        _add_product(left_grad, inner, dy)
+        _add_product(right_grad, d_inner, x)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(dy, residual).baddbmm_(d_inner, right)
+        return dx, *[None] * 6
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (L, K, D) += aᵀ·b for a (L, R, K) and b (L, R, D), summed in total's type without rounding in between."""
+    a = a.transpose(1, 2)
+    if a.dtype == total.dtype:
+        torch.baddbmm(total, a, b, out=total)
+    elif total.device.type == "cuda":
+        torch.baddbmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class LaneLinear(nn.Module):

@@ -15,7 +15,7 @@ from lelora_env.adapter import (
     replace_module,
     share_tensors,
 )
-from lelora_env.bank import HEAD, SIGMA, Bank
+from lelora_env.bank import Bank
 from lelora_env.errors import ModelError
 from lelora_env.keys import Purpose, torch_generator
 from lelora_env.matrices import linear_weight
@@ -56,20 +56,18 @@ def attach(base: Base, dropout: float, pad_token_id: int | None) -> LaneModel:
 
 
 def bind(lane_model: LaneModel, bank: Bank) -> None:
-    """Let a model's lane layers compute with a bank: rows, gradients and head are shared with it."""
-    spectrum = bank.spectrum
-    for group in spectrum.layout.groups:
+    """Let a model's lane layers compute with a bank: factors, gradients and head are shared with it."""
+    for group in bank.spectrum.layout.groups:
         size = len(group.components)
         for i, matrix in enumerate(group.matrices):
-            left = bank.leaf(str(group.out_features), group.left + i * size, (size, group.out_features))
-            right = bank.leaf(str(group.in_features), group.right + i * size, (size, group.in_features))
-            sigma = bank.leaf(SIGMA, group.sigma + i * size, (size, 1)) if SIGMA in bank.rows else None
-            lane_model.spectral[matrix].bind(left, right, sigma, float(spectrum.scale[matrix]))
+            left = bank.share(str(group.out_features), group.left + i * size, size)
+            right = bank.share(str(group.in_features), group.right + i * size, size)
+            lane_model.spectral[matrix].bind(left, right)
     start = 0
     for head in lane_model.heads.values():
-        weight = bank.leaf(HEAD, start, head.shape)
+        weight = bank.head_leaf(start, head.shape)
         start += head.out_features * head.in_features
-        bias = bank.leaf(HEAD, start, (head.out_features,)) if head.has_bias else None
+        bias = bank.head_leaf(start, (head.out_features,)) if head.has_bias else None
         start += head.out_features if head.has_bias else 0
         head.bind(weight, bias)
 

@@ -62,6 +62,21 @@ class ShapeGroup:
         """G·K, the rows that the group has on each side."""
         return len(self.matrices) * len(self.components)
 
+    @property
+    def left_rows(self) -> slice:
+        """Its left vectors in ``rows[str(O)]``, matrix by matrix."""
+        return slice(self.left, self.left + self.rows)
+
+    @property
+    def right_rows(self) -> slice:
+        """Its right vectors in ``rows[str(I)]``."""
+        return slice(self.right, self.right + self.rows)
+
+    @property
+    def sigma_rows(self) -> slice:
+        """Its singular values in ``rows["sigma"]``."""
+        return slice(self.sigma, self.sigma + self.rows)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -70,12 +85,14 @@ class Layout:
     Attributes:
         groups: The shape groups, in order of first appearance.
         row_counts: Rows per buffer.
-        row_slot: Per buffer, (N,) int64 index into the flattened (M·K) component mask.
+        slots: (M, K) of a component mask.
+        row_slot: Per buffer, (N,) int64 index into the flattened component mask.
         row_matrix: Per buffer, (N,) int64 matrix index.
     """
 
     groups: tuple[ShapeGroup, ...]
     row_counts: dict[str, int]
+    slots: tuple[int, int]
     row_slot: dict[str, Tensor]
     row_matrix: dict[str, Tensor]
 
@@ -109,6 +126,7 @@ def build_layout(
     return Layout(
         groups=tuple(groups),
         row_counts={name: len(r) for name, r in rows.items()},
+        slots=(len(matrices), slots),
         row_slot={name: torch.tensor(r, device=device) for name, r in rows.items()},
         row_matrix={name: torch.tensor(r, device=device) for name, r in owner.items()},
     )
@@ -205,10 +223,10 @@ def _split_group(
         left, right = left * values.sqrt().unsqueeze(-1), right * values.sqrt().unsqueeze(-1)
     else:
         rows = spectrum.reference[SIGMA]
-        rows[group.sigma : group.sigma + group.rows] = values.reshape(-1, 1).float()
+        rows[group.sigma_rows] = values.reshape(-1, 1).float()
     a, b = spectrum.reference[str(group.out_features)], spectrum.reference[str(group.in_features)]
-    a[group.left : group.left + group.rows] = left.flatten(0, 1).float()
-    b[group.right : group.right + group.rows] = right.flatten(0, 1).float()
+    a[group.left_rows] = left.flatten(0, 1).float()
+    b[group.right_rows] = right.flatten(0, 1).float()
     spectrum.probe[members] = torch.stack([_project(stacked), spectrum.scale[members].double().log()], dim=1)
     scaled, plain = factors(spectrum.reference, group, spectrum.scale)
     for i, matrix in enumerate(group.matrices):  # one fp64 matrix at a time: memory of one, not of G
@@ -254,6 +272,11 @@ def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[
     return left, right
 
 
+def factor_pairs(rows: dict[str, Tensor], spectrum: Spectrum) -> list[tuple[Tensor, Tensor]]:
+    """`factors` of every shape group, in fp32: what norms and observations are computed from."""
+    return [factors(rows, group, spectrum.scale) for group in spectrum.layout.groups]
+
+
 class WeightSource:
     """Where the weights of a shape group come from; what is left of them lies in ``Spectrum.residual``.
 
@@ -280,11 +303,18 @@ class WeightSource:
 
 
 class Bank:
-    """The trainable numbers of L lanes and the views that the model's layers compute with.
+    """The trainable numbers of L lanes, and the factors that the model's layers multiply with.
+
+    A layer's weight is residual + Σ_k left_kᵀ·right_k. Its factors are the rows times a gain: σ or the
+    constant c on the left side, 1 on the right. Rows, moments and gradients are fp32; factors have the
+    frozen model's type. Layers add their gradients by the factors straight into ``rows[...].grad``, and
+    `collect` turns them, in place, into gradients by the rows: a few operations whatever M is.
 
     Attributes:
         spectrum: The shared decomposition.
         rows: Per buffer, a Parameter (L, N, D) whose ``.grad`` is a preallocated tensor.
+        factors: Per buffer without the head, (L, N, D) in the model's type; the rows themselves where
+            nothing has to be scaled or rounded.
     """
 
     def __init__(self, spectrum: Spectrum, lanes: int, head_size: int) -> None:
@@ -299,23 +329,72 @@ class Bank:
             parameter = torch.nn.Parameter(start.expand(lanes, -1, -1).clone(memory_format=torch.contiguous_format))
             parameter.grad = torch.zeros_like(parameter)
             self.rows[name] = parameter
+        self._gains = self._make_gains()
+        dtype = spectrum.residual[0].dtype
+        self.factors = {
+            name: self.rows[name].detach() if gain is None and dtype == torch.float32
+            else torch.empty_like(self.rows[name], dtype=dtype, requires_grad=False)
+            for name, gain in self._gains.items()
+        }
 
-    def leaf(self, buffer: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        """A leaf tensor (L, *shape) that aliases rows of a buffer, its gradient included.
+    def _make_gains(self) -> dict[str, Tensor | None]:
+        """Per buffer the factor of each row, (1, N, 1) or one a lane, (L, N, 1); ``None`` = 1."""
+        spectrum = self.spectrum
+        names = [name for name in spectrum.reference if name != SIGMA]
+        if spectrum.parametrisation == "sqrt":
+            return dict.fromkeys(names)
+        lanes = self.lanes if SIGMA in self.rows else 1
+        gains: dict[str, Tensor | None] = {
+            name: torch.ones(lanes, len(spectrum.reference[name]), 1, device=spectrum.scale.device) for name in names
+        }
+        if spectrum.parametrisation == "unit":
+            for group in spectrum.layout.groups:
+                scale = spectrum.scale[group.index].repeat_interleave(len(group.components))
+                gains[str(group.out_features)][:, group.left_rows, 0] = scale  # type: ignore[index]
+        return gains
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the factors up to date with the rows; every forward pass begins with it."""
+        if SIGMA in self.rows:
+            for group in self.spectrum.layout.groups:
+                gain = self._gains[str(group.out_features)]
+                gain[:, group.left_rows] = self.rows[SIGMA][:, group.sigma_rows]  # type: ignore[index]
+        for name, gain in self._gains.items():
+            rows, factors = self.rows[name].detach(), self.factors[name]
+            if gain is not None:
+                torch.mul(rows, gain, out=factors)
+            elif factors.data_ptr() != rows.data_ptr():
+                factors.copy_(rows)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Turn gradients by the factors into gradients by the rows, after the last backward pass of a step."""
+        if SIGMA in self.rows:
+            for group in self.spectrum.layout.groups:
+                left = self.rows[str(group.out_features)]
+                by_factor = left.grad[:, group.left_rows]  # type: ignore[index]
+                by_sigma = (by_factor * left[:, group.left_rows]).sum(-1, keepdim=True)
+                self.rows[SIGMA].grad[:, group.sigma_rows] = by_sigma  # type: ignore[index]
+        for name, gain in self._gains.items():
+            if gain is not None:
+                self.rows[name].grad.mul_(gain)  # type: ignore[union-attr]
+
+    def share(self, buffer: str, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """The factors of some rows and where their gradient goes, both (L, count, D), aliases of the buffers."""
+        gradient = self.rows[buffer].grad
+        assert gradient is not None
+        return self.factors[buffer][:, start : start + count], gradient[:, start : start + count]
+
+    def head_leaf(self, start: int, shape: tuple[int, ...]) -> Tensor:
+        """A leaf tensor (L, *shape) that aliases numbers of the head, its gradient included.
 
         Autograd accumulates straight into the flat gradient buffer through it.
         """
-        parameter = self.rows[buffer]
+        parameter, count = self.rows[HEAD], math.prod(shape)
         assert parameter.grad is not None
-        if buffer == HEAD:
-            count = math.prod(shape)
-            values = parameter.detach()[:, 0, start : start + count].unflatten(1, shape)
-            grads = parameter.grad[:, 0, start : start + count].unflatten(1, shape)
-        else:
-            values = parameter.detach()[:, start : start + shape[0]]
-            grads = parameter.grad[:, start : start + shape[0]]
-        leaf: Tensor = values.requires_grad_(True)
-        leaf.grad = grads
+        leaf: Tensor = parameter.detach()[:, 0, start : start + count].unflatten(1, shape).requires_grad_(True)
+        leaf.grad = parameter.grad[:, 0, start : start + count].unflatten(1, shape)
         return leaf
 
     def zero_grad(self) -> None:

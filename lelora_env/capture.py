@@ -28,6 +28,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+Pool = tuple[int, int]
+"""Handle of device memory that graphs share."""
+
+
+def shared_pool() -> Pool:
+    """Memory for the intermediate tensors of graphs that never run at the same time: one lot for all of them."""
+    return torch.cuda.graph_pool_handle()  # type: ignore[no-any-return]
+
+
 class Captured(Generic[T]):
     """Calls a function; on CUDA its kernels are recorded once and replayed as a graph from then on.
 
@@ -38,7 +47,12 @@ class Captured(Generic[T]):
     """
 
     def __init__(
-        self, name: str, function: Callable[[], T], enabled: bool, rehearsal: Callable[[], AbstractContextManager[None]]
+        self,
+        name: str,
+        function: Callable[[], T],
+        enabled: bool,
+        rehearsal: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        pool: Pool | None = None,
     ) -> None:
         """Wrap `function`.
 
@@ -47,11 +61,14 @@ class Captured(Generic[T]):
             function: What to run.
             enabled: Whether to capture at all.
             rehearsal: Gives a context in which calling the function leaves no trace; it is needed
-                because a function has to run a few times before it can be captured.
+                because a function has to run a few times before it can be captured. Default: the
+                function leaves none.
+            pool: Memory to share with other captured functions, see `shared_pool`.
         """
         self.name = name
         self.function = function
         self.rehearsal = rehearsal
+        self.pool = pool
         self.enabled = enabled
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: T | None = None
@@ -76,7 +93,8 @@ class Captured(Generic[T]):
                         self.function()
                 torch.cuda.current_stream().wait_stream(stream)
                 torch.cuda.synchronize()
-                with _no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                torch.cuda.empty_cache()  # what the warm-up needed, the graph needs again
+                with _no_collection(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     self.result = self.function()
         except torch.cuda.OutOfMemoryError:
             raise

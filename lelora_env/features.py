@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lelora_env.bank import ShapeGroup, Spectrum, factors
+from lelora_env.bank import ShapeGroup, Spectrum, factor_pairs
 from lelora_env.config import EnvConfig
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
 
@@ -55,65 +55,78 @@ def spectrum_points(matrices: list[MatrixInfo], config: EnvConfig) -> int:
     return config.spectrum
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+"""Left (L, G, K, O) and right (L, G, K, I) factors of every shape group, see `lelora_env.bank.factor_pairs`."""
+
+
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
-def weight_norms(rows: dict[str, Tensor], spectrum: Spectrum) -> Tensor:
+def _square_norm(left: Tensor, right: Tensor) -> Tensor:
+    """‖leftᵀ·right‖² of factors (..., K, O) and (..., K, I)."""
+    return (_gram(left, left) * _gram(right, right)).sum((-1, -2))
+
+
+def weight_norms(pairs: Pairs, spectrum: Spectrum) -> Tensor:
     """The Frobenius norm of every current weight, exact: (L, M) fp32.
 
-    ‖W‖² = ‖residual‖² + 2·⟨residual, B⟩ + ‖B‖² with the bank B = leftᵀ·right kept in factors.
+    ‖W‖² = ‖residual‖² + 2·⟨residual, B⟩ + ‖B‖² with the bank B = leftᵀ·right kept in factors. The only
+    large operand, the residual, is read once for all lanes.
     """
-    lanes = next(iter(rows.values())).shape[0]
+    lanes = pairs[0][0].shape[0]
     result = torch.zeros(lanes, len(spectrum.dimensions), dtype=torch.float64, device=spectrum.scale.device)
-    for group, residual in zip(spectrum.layout.groups, spectrum.residual, strict=True):
-        left, right = factors(rows, group, spectrum.scale)
-        seen = right.to(residual.dtype) @ residual.transpose(-1, -2)  # (L, G, K, O)
-        cross = (seen.float() * left).sum((-1, -2))
-        own = (_gram(left, left) * _gram(right, right)).sum((-1, -2))
+    for group, residual, (left, right) in zip(spectrum.layout.groups, spectrum.residual, pairs, strict=True):
+        rows = right.transpose(0, 1).to(residual.dtype).flatten(1, 2)  # (G, L·K, I)
+        seen = (rows @ residual.transpose(-1, -2)).unflatten(1, (lanes, -1)).transpose(0, 1)  # (L, G, K, O)
+        cross = (seen * left).sum((-1, -2))
+        own = _square_norm(left, right)
         result[:, group.index] = spectrum.residual_norm2[group.index] + (2 * cross + own).double()
     return result.clamp_min(0).sqrt().float()
 
 
-def change_norms(rows: dict[str, Tensor], before: dict[str, Tensor], spectrum: Spectrum) -> Tensor:
+def change_norms(pairs: Pairs, before: Pairs, spectrum: Spectrum) -> Tensor:
     """‖W - W_before‖_F of every matrix, (L, M) fp32.
 
     Written with differences of factors, ΔB = δleftᵀ·right + left₀ᵀ·δright, so that small changes
     keep their precision.
 
     Args:
-        rows: Current buffers, (L, N, D).
-        before: Buffers to compare with, (L, N, D) or without lanes (N, D).
+        pairs: Current factors.
+        before: Factors to compare with, with or without lanes in front.
         spectrum: The shared decomposition.
     """
-    columns = torch.zeros(next(iter(rows.values())).shape[0], len(spectrum.dimensions), device=spectrum.scale.device)
-    for group in spectrum.layout.groups:
-        left, right = factors(rows, group, spectrum.scale)
-        left0, right0 = factors(before, group, spectrum.scale)
-        d_left, d_right = left - left0, right - right0
-        square = (
-            _gram(d_left, d_left) * _gram(right, right)
-            + 2 * _gram(d_left, left0) * _gram(right, d_right)
-            + _gram(left0, left0) * _gram(d_right, d_right)
-        )
-        columns[:, group.index] = square.sum((-1, -2)).clamp_min(0)
+    lanes = pairs[0][0].shape[0]
+    columns = torch.zeros(lanes, len(spectrum.dimensions), device=spectrum.scale.device)
+    for group, (left, right), (left0, right0) in zip(spectrum.layout.groups, pairs, before, strict=True):
+        both_left = torch.cat([left - left0, left0.expand_as(left)], dim=-2)  # (L, G, 2K, O)
+        both_right = torch.cat([right, right - right0], dim=-2)
+        columns[:, group.index] = _square_norm(both_left, both_right).clamp_min(0)
     return columns.sqrt()
 
 
-def component_values(rows: dict[str, Tensor], spectrum: Spectrum, group: ShapeGroup) -> Tensor:
+def component_values(
+    pair: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], spectrum: Spectrum, group: ShapeGroup
+) -> Tensor:
     """Current singular values of a group's bank, (L, G, K).
 
     ``usv`` and ``sqrt``: |σ|·‖u‖·‖v‖ of the trained component. ``unit``: |u₀ᵀ W v₀|, the share of
     the current weight along the pretrained component.
+
+    Args:
+        pair: The group's current factors.
+        start: Its pretrained factors, (G, K, ·).
+        spectrum: The shared decomposition.
+        group: The shape group.
     """
-    left, right = factors(rows, group, spectrum.scale)
+    left, right = pair
     if spectrum.parametrisation != "unit":
         norms: Tensor = left.norm(dim=-1) * right.norm(dim=-1)
         return norms
-    left0, right0 = factors(spectrum.reference, group, torch.ones_like(spectrum.scale))
-    start = spectrum.singular_values[group.index][:, group.bank]  # (G, K)
-    rest = start - spectrum.scale[group.index].unsqueeze(-1)
-    values: Tensor = (rest + (_gram(left0, left) * _gram(right0, right)).sum(-1)).abs()
+    scale = spectrum.scale[group.index].unsqueeze(-1)
+    rest = spectrum.singular_values[group.index][:, group.bank] - scale  # (G, K)
+    seen_left = _gram(start[0], left) / scale.unsqueeze(-1)  # u₀ᵀ·left of every two components
+    values: Tensor = (rest + (seen_left * _gram(start[1], right)).sum(-1)).abs()
     return values
 
 
@@ -124,6 +137,7 @@ class Observer:
         """Prepare the constant columns and the resampling grid."""
         self.spectrum = spectrum
         self.config = config
+        self.start = factor_pairs(spectrum.reference, spectrum)
         points = spectrum_points(matrices, config)
         self.table = feature_table(matrices, config, points)
         device = spectrum.scale.device
@@ -144,25 +158,25 @@ class Observer:
         self.low = torch.tensor([f.low for f in self.table], device=device)
         self.high = torch.tensor([f.high for f in self.table], device=device)
 
-    def current_spectrum(self, rows: dict[str, Tensor]) -> Tensor:
+    def current_spectrum(self, pairs: Pairs) -> Tensor:
         """All singular values with the bank's current ones in place: (L, M, m_max)."""
-        lanes = next(iter(rows.values())).shape[0]
-        values = self.spectrum.singular_values.expand(lanes, -1, -1).clone()
-        for group in self.spectrum.layout.groups:
-            values[:, group.index.unsqueeze(1), group.bank.unsqueeze(0)] = component_values(rows, self.spectrum, group)
+        values = self.spectrum.singular_values.expand(pairs[0][0].shape[0], -1, -1).clone()
+        for group, pair, start in zip(self.spectrum.layout.groups, pairs, self.start, strict=True):
+            current = component_values(pair, start, self.spectrum, group)
+            values[:, group.index.unsqueeze(1), group.bank.unsqueeze(0)] = current
         return values
 
-    def observe(self, rows: dict[str, Tensor], progress: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    def observe(self, pairs: Pairs, progress: Tensor, extras: dict[str, Tensor]) -> Tensor:
         """The observation of every lane, (L, M, F) fp32, finite and inside the declared bounds.
 
         Args:
-            rows: Current bank buffers.
+            pairs: Current factors of the bank.
             progress: (L,) share of the budget spent, in [0, 1].
             extras: (L, M) raw values of the optional columns ``grad_norm`` and ``update_norm``.
         """
-        norm = weight_norms(rows, self.spectrum)  # (L, M)
+        norm = weight_norms(pairs, self.spectrum)  # (L, M)
         lanes = norm.shape[0]
-        values = self.current_spectrum(rows)
+        values = self.current_spectrum(pairs)
         below = values.gather(2, self.below.expand(lanes, -1, -1))  # (L, M, S)
         above = values.gather(2, self.above.expand(lanes, -1, -1))
         if self.config.raw_observation:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lelora_env.attach import attach, bind, head_start
 from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
-from lelora_env.capture import Captured
+from lelora_env.capture import Captured, shared_pool
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
 from lelora_env.keys import Purpose, generator
@@ -133,11 +133,15 @@ class FineTuner:
         lanes = torch.zeros(5, self.lanes, device=self.device)
         self.losses, self.grad_norm, self.learning_rate, self._factor, self.weight = lanes
         self.weight.fill_(1)
+        self._active = torch.ones(self.lanes, dtype=torch.bool, device=self.device)
+        self._mask = torch.zeros(self.lanes, *self.base.spectrum.layout.slots, dtype=torch.bool, device=self.device)
         self._indices = torch.zeros(self.lanes, self.config.batch_size, dtype=torch.int64, device=self.device)
         self._dropout_keys: Tensor | None = None
         if self.config.dropout:
             self._dropout_keys = torch.zeros(self.config.accumulate, self.lanes, dtype=torch.int64, device=self.device)
+        self._next: tuple[bytes, np.ndarray, Tensor, int] = (b"", np.zeros(0), torch.zeros(0), 0)
         self._train_step: dict[int, Captured[None]] = {}
+        self.pool = shared_pool() if self.captures else None
 
     def _to_device(self, rows: Rows) -> Rows:
         return {name: column.to(self.device) for name, column in rows.items()}
@@ -198,8 +202,8 @@ class FineTuner:
             active: (L,) bool: lanes that step at all; the others stay bitwise as they are.
         """
         self.active = active
-        on = torch.from_numpy(active).to(self.device)
-        self.optimiser.set_masks(list(self.bank.row_masks(mask.to(self.device), on).values()))
+        self._mask.copy_(mask, non_blocking=True)
+        self._active.copy_(torch.from_numpy(active), non_blocking=True)
         self.losses.zero_()
 
     def train(self, steps: int) -> None:
@@ -212,23 +216,39 @@ class FineTuner:
             width = self._load_step()
             if width not in self._train_step:
                 self._train_step[width] = Captured(
-                    f"training step at width {width}", partial(self._step, width), self.captures, self._rehearsal
+                    f"training step at width {width}", partial(self._step, width), self.captures, self._rehearsal,
+                    self.pool,
                 )
             self._train_step[width]()
             self.steps += self.active
 
     def _load_step(self) -> int:
         """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
-        clocks = zip(self.seeds, self.episodes, self.steps, strict=True)
-        chosen = np.stack([self.batches.indices(lane, *map(int, clock)) for lane, clock in enumerate(clocks)])
-        self._indices.copy_(torch.from_numpy(chosen))
-        self._factor.copy_(linear_schedule(torch.from_numpy(self.steps), self.config.total_steps, self.config.warmup))
+        self.prefetch()
+        _, indices, keys, width = self._next
+        self._indices.copy_(torch.from_numpy(indices), non_blocking=True)
+        factor = linear_schedule(torch.from_numpy(self.steps), self.config.total_steps, self.config.warmup)
+        self._factor.copy_(factor, non_blocking=True)
         if self._dropout_keys is not None:
-            self._dropout_keys.copy_(self._draw_dropout_keys())
-        return max(self.batches.width(int(step)) for step in self.steps)
+            self._dropout_keys.copy_(keys, non_blocking=True)
+        return width
+
+    def prefetch(self) -> None:
+        """Draw rows and dropout keys of the next training step, if they are not drawn yet.
+
+        Call it while the device is busy; the draws are a function of the clocks, so nothing changes but the time.
+        """
+        clocks = np.stack([self.seeds, self.episodes, self.steps], axis=1)
+        if self._next[0] == clocks.tobytes():
+            return
+        indices = np.stack([self.batches.indices(lane, *map(int, clock)) for lane, clock in enumerate(clocks)])
+        keys = self._draw_dropout_keys() if self._dropout_keys is not None else torch.zeros(0)
+        width = max(self.batches.width(step) for step in set(self.steps.tolist()))
+        self._next = clocks.tobytes(), indices, keys, width
 
     def _step(self, width: int) -> None:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
+        self.optimiser.set_masks(list(self.bank.row_masks(self._mask, self._active).values()))
         self.bank.zero_grad()
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
@@ -240,6 +260,7 @@ class FineTuner:
                 _backward(lane_total.sum())
             total += lane_total.detach()
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
+        self.bank.collect()
         self.weight.copy_(weight.clamp_min(1e-30))
         self.losses.add_(total / self.weight)
         for name, group in zip(self.bank.rows, self.optimiser.param_groups, strict=True):
@@ -254,15 +275,13 @@ class FineTuner:
 
     @contextlib.contextmanager
     def _rehearsal(self) -> Iterator[None]:
-        """With every mask off, a training step leaves no trace but in the reported numbers."""
-        states = [self.optimiser.state[parameter] for parameter in self.bank.rows.values()]
-        masks = [state["mask"].clone() for state in states]
-        losses = self.losses.clone()
-        self.optimiser.set_masks([torch.zeros_like(mask) for mask in masks])
+        """With no lane active, a training step leaves no trace but in the reported numbers."""
+        active, losses = self._active.clone(), self.losses.clone()
+        self._active.zero_()
         try:
             yield
         finally:
-            self.optimiser.set_masks(masks)
+            self._active.copy_(active)
             self.losses.copy_(losses)
 
     def _draw_dropout_keys(self) -> Tensor:
@@ -277,11 +296,16 @@ class FineTuner:
 
     def forward(self, rows: Rows) -> Tensor:
         """The model's output for lane-major rows, (L·B, ...)."""
+        self.bank.refresh()
         if not self.looped:
             return self._call(rows)
         size = len(next(iter(rows.values()))) // self.lanes
         parts = [{k: v[lane * size : (lane + 1) * size] for k, v in rows.items()} for lane in range(self.lanes)]
         return torch.cat([self._call_lane(lane, part) for lane, part in enumerate(parts)])
+
+    def _forward_lane(self, lane: int, rows: Rows) -> Tensor:
+        self.bank.refresh()
+        return self._call_lane(lane, rows)
 
     def _call_lane(self, lane: int, rows: Rows) -> Tensor:
         context = self.lane_model.context
@@ -309,7 +333,7 @@ class FineTuner:
         for start in range(0, len(next(iter(self._reward_rows.values()))), size):
             part = {k: v[start : start + size] for k, v in self._reward_rows.items()}
             rows = self._in_every_lane(part) if lane is None else part
-            output = self.forward(rows) if lane is None else self._call_lane(lane, rows)
+            output = self.forward(rows) if lane is None else self._forward_lane(lane, rows)
             row_total, row_weight = self.task.loss(output, rows)
             total += row_total.view(lanes, -1).sum(1)
             weight += row_weight.view(lanes, -1).sum(1)
@@ -370,16 +394,16 @@ class FineTuner:
             "finetune.clock": clock,
             "finetune.structure": torch.tensor(spectrum.structure),
             "finetune.probe": spectrum.probe.clone(),
-            **{name: value.clone() for name, value in self._lane_tensors(lane).items()},
+            **{name: value[lane].clone() for name, value in self._owned().items()},
         }
 
-    def _lane_tensors(self, lane: int) -> dict[str, Tensor]:
-        """Views of everything that one lane owns, by name."""
+    def _owned(self) -> dict[str, Tensor]:
+        """Everything on the device that lanes own, by name, all lanes together: (L, ...)."""
         tensors = {}
         for name, parameter in self.bank.rows.items():
-            tensors[f"rows.{name}"] = parameter.detach()[lane]
+            tensors[f"rows.{name}"] = parameter.detach()
             for key in OWN_STATE:
-                tensors[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key][lane]
+                tensors[f"optimiser.{key}.{name}"] = self.optimiser.state[parameter][key]
         return tensors
 
     def check_state(self, state: dict[str, Tensor]) -> None:
@@ -389,7 +413,8 @@ class FineTuner:
             ModelError: It belongs to another model, bank or head.
         """
         marks = {"finetune.clock": torch.zeros(3), "finetune.structure": torch.tensor(0)}
-        for key, target in {**marks, "finetune.probe": self.base.spectrum.probe, **self._lane_tensors(0)}.items():
+        owned = {name: value[0] for name, value in self._owned().items()}
+        for key, target in {**marks, "finetune.probe": self.base.spectrum.probe, **owned}.items():
             if key not in state or state[key].shape != target.shape:
                 raise ModelError(f"this state does not fit: {key!r} is missing or has another shape. It was taken from "
                                  "an environment with another model, rank_set or head.")
@@ -397,9 +422,20 @@ class FineTuner:
             raise ModelError("this state does not fit: it was taken from other pretrained weights, another bank or "
                              "another parametrisation.")
 
-    def set_state(self, lane: int, state: dict[str, Tensor]) -> None:
-        """Put a state that `check_state` accepts into a lane, bitwise."""
+    def set_state(self, lanes: list[int], state: dict[str, Tensor]) -> None:
+        """Put a state that `check_state` accepts into lanes, bitwise: one copy per buffer, however many lanes."""
         with torch.no_grad():
-            for key, target in self._lane_tensors(lane).items():
-                target.copy_(state[key])
-        self.seeds[lane], self.episodes[lane], self.steps[lane] = (int(x) for x in state["finetune.clock"])
+            for key, target in self._owned().items():
+                put_lanes(target, lanes, state[key])
+        self.seeds[lanes], self.episodes[lanes], self.steps[lanes] = (int(x) for x in state["finetune.clock"])
+
+
+def put_lanes(target: Tensor, lanes: list[int], value: Tensor) -> None:
+    """Copy `value` (...) into some lanes of `target` (L, ...), in one operation."""
+    value = value.to(target)
+    if len(lanes) == len(target):
+        target.copy_(value)
+    elif len(lanes) == 1:
+        target[lanes[0]].copy_(value)
+    else:
+        target[torch.tensor(lanes, device=target.device)] = value

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lelora_env.bank import factor_pairs
 from lelora_env.capture import Captured
 from lelora_env.features import Observer, change_norms
 from lelora_env.finetune import FineTuner
@@ -52,13 +53,15 @@ class Measurement:
             observer: Makes the observation.
         """
         self.tuner, self.observer = tuner, observer
-        lanes, matrices, device = tuner.lanes, len(tuner.base.matrices), tuner.device
+        self.shape = lanes, matrices = tuner.lanes, len(tuner.base.matrices)
+        device = tuner.device
         self.before = tuner.bank.copy_rows()
         self.progress = torch.zeros(lanes, device=device)
         self.ran = torch.zeros(lanes, 1, dtype=torch.bool, device=device)
         self.extras = {name: torch.zeros(lanes, matrices, device=device) for name in ("grad_norm", "update_norm")}
         self._wants_extras = bool(observer.config.extra_features)
-        self._captured = Captured("measurement", self._measure, tuner.captures, self._rehearsal)
+        self._captured = Captured("measurement", self._measure, tuner.captures, self._rehearsal, tuner.pool)
+        self._result = torch.zeros(0)
 
     def begin(self) -> None:
         """Remember the bank as it is before an env step."""
@@ -73,10 +76,21 @@ class Measurement:
             ran: (L,) bool: lanes that took an env step since `begin`; the optional columns of the
                 others stay as they are.
         """
-        self.progress.copy_(torch.from_numpy(progress))
-        self.ran.copy_(torch.from_numpy(ran).unsqueeze(1))
-        lane, norms, observation = (x.cpu().numpy() for x in self._captured())
+        self.launch(progress, ran)
+        return self.fetch()
+
+    def launch(self, progress: np.ndarray, ran: np.ndarray) -> None:
+        """Start a measurement without waiting for it; see `__call__` for the arguments."""
+        self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
+        self.ran.copy_(torch.from_numpy(ran).unsqueeze(1), non_blocking=True)
+        self._result = self._captured()
+
+    def fetch(self) -> Outcome:
+        """Wait for what `launch` started: one transfer from the device."""
+        flat = self._result.cpu().numpy()
+        (lanes, matrices), lane = self.shape, flat[: 5 * self.shape[0]].reshape(5, -1)
         losses, finite, train_loss, grad_norm, learning_rate = lane.astype(np.float64)
+        norms = flat[5 * lanes : (5 + 2 * matrices) * lanes].reshape(2, lanes, matrices)
         return Outcome(
             losses=losses,
             finite=finite > 0,
@@ -85,31 +99,34 @@ class Measurement:
             learning_rate=learning_rate,
             update_norms=norms[0],
             delta_norms=norms[1],
-            observation=observation,
+            observation=flat[(5 + 2 * matrices) * lanes :].reshape(lanes, matrices, -1),
         )
 
     @torch.no_grad()
     def observe(self, progress: np.ndarray) -> np.ndarray:
         """The observation alone, (L, M, F)."""
-        self.progress.copy_(torch.from_numpy(progress))
-        return self.observer.observe(dict(self.tuner.bank.rows), self.progress, self.extras).cpu().numpy()
+        self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
+        pairs = factor_pairs(dict(self.tuner.bank.rows), self.tuner.base.spectrum)
+        return self.observer.observe(pairs, self.progress, self.extras).cpu().numpy()
 
     @torch.no_grad()
-    def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
-        tuner = self.tuner
+    def _measure(self) -> Tensor:
+        """Everything that `fetch` takes apart, as one flat tensor."""
+        tuner, spectrum = self.tuner, self.tuner.base.spectrum
         rows: dict[str, Tensor] = dict(tuner.bank.rows)
         losses = tuner.reward_loss()
         train_loss = tuner.losses / tuner.config.steps_per_action
         sums = [p.detach().flatten(1).sum(1) for p in rows.values()]  # finite only if every number is
         finite = torch.stack([*sums, losses, train_loss]).isfinite().all(0)
-        update = change_norms(rows, self.before, tuner.base.spectrum)
-        total = change_norms(rows, tuner.base.spectrum.reference, tuner.base.spectrum)
+        pairs = factor_pairs(rows, spectrum)
+        update = change_norms(pairs, factor_pairs(self.before, spectrum), spectrum)
+        total = change_norms(pairs, self.observer.start, spectrum)
         if self._wants_extras:
             for name, value in (("update_norm", update), ("grad_norm", tuner.matrix_grad_norms())):
                 self.extras[name].copy_(torch.where(self.ran, value, self.extras[name]))
-        observation = self.observer.observe(rows, self.progress, self.extras)
+        observation = self.observer.observe(pairs, self.progress, self.extras)
         lane = torch.stack([losses, finite.float(), train_loss, tuner.grad_norm, tuner.learning_rate])
-        return lane, torch.stack([update, total]), observation
+        return torch.cat([part.flatten() for part in (lane, update, total, observation)])
 
     @contextlib.contextmanager
     def _rehearsal(self) -> Iterator[None]:

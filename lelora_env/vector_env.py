@@ -21,7 +21,7 @@ from lelora_env.arguments import check_vocabulary, checked_mode, lane_list, lane
 from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
-from lelora_env.finetune import FineTuner
+from lelora_env.finetune import FineTuner, put_lanes
 from lelora_env.models import Base, ModelSource
 from lelora_env.outcome import Measurement
 from lelora_env.reference import ByReference, by_reference_spec, plain_options
@@ -29,6 +29,9 @@ from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
 
 Infos = dict[str, Any]
+
+LANES_AT_ONCE = 8
+"""A share of 1/8 of the lanes or more is measured by one pass over all of them, fewer are measured one by one."""
 
 
 class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -234,10 +237,10 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Measure lanes that have just been started; returns the observation of all lanes."""
         progress = self._clocks.env_steps / self.horizon
         losses = self._clocks.losses.copy()
-        if mask.all():
+        if mask.sum() * LANES_AT_ONCE >= self.num_envs:
             outcome = self._measure(progress, np.zeros_like(mask))
             losses, observation = outcome.losses, outcome.observation
-        else:  # only what is needed: the other lanes' losses are known
+        else:  # few lanes: only what is needed, the other lanes' losses are known
             for lane in np.flatnonzero(mask):
                 losses[lane] = float(self.tuner.reward_loss(int(lane)))
             observation = self._measure.observe(progress)
@@ -294,7 +297,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._measure.begin()
         tuner.begin(component_mask(allocation, self.table), running)
         tuner.train(self.env_config.steps_per_action)
-        outcome = self._measure((clocks.env_steps + running) / self.horizon, running)
+        self._measure.launch((clocks.env_steps + running) / self.horizon, running)
+        tuner.prefetch()
+        outcome = self._measure.fetch()
         account = self._accountant.account(allocation, outcome, clocks, running)
         observations = outcome.observation
         clocks.losses = np.where(running & ~account.diverged | resetting, outcome.losses, clocks.losses)
@@ -368,11 +373,11 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if key not in state:
                 raise ModelError(f"this state does not fit: {key!r} is missing. Take states with get_state().")
         self.tuner.check_state(state)
+        self.tuner.set_state(targets, state)
         for lane in targets:
-            self.tuner.set_state(lane, state)
             self._clocks.set(lane, state)
-            for name, value in self._measure.extras.items():
-                value[lane] = state[f"env.{name}"]
+        for name, value in self._measure.extras.items():
+            put_lanes(value, targets, state[f"env.{name}"])
 
     def put_rows(self, rows: dict[str, Tensor], lane: int = 0) -> None:
         """Replace a lane's trained numbers (a warm start): fresh moments, and its L1 measured anew.

@@ -70,16 +70,19 @@ def action_for(env: LeLoRAVectorEnv, rank_index: int, location_index: int) -> np
 
 def dense_weights(env: LeLoRAVectorEnv, lane: int) -> list[np.ndarray]:
     """Every current weight (O, I), float64, put together from residual and bank with plain NumPy."""
-    layers = env.tuner.lane_model.spectral
-    result = []
-    for layer in layers:
-        left, right = (x.detach()[lane].double().numpy() for x in (layer.left, layer.right))
-        sigma = np.ones(len(left)) if layer.sigma is None else layer.sigma.detach()[lane, :, 0].double().numpy()
-        total = layer.residual.double().numpy().copy()
-        for k in range(len(left)):
-            total += layer.scale * sigma[k] * np.outer(left[k], right[k])
-        result.append(total)
-    return result
+    bank = env.tuner.bank
+    rows = {name: value.detach()[lane].double().numpy() for name, value in bank.rows.items()}
+    result: dict[int, np.ndarray] = {}
+    for group, residual in zip(bank.spectrum.layout.groups, bank.spectrum.residual, strict=True):
+        size = len(group.components)
+        for i, matrix in enumerate(group.matrices):
+            total = residual[i].double().numpy().copy()
+            for k in range(i * size, (i + 1) * size):
+                gain = rows["sigma"][group.sigma + k, 0] if "sigma" in rows else float(bank.spectrum.scale[matrix])
+                total += gain * np.outer(rows[str(group.out_features)][group.left + k],
+                                         rows[str(group.in_features)][group.right + k])
+            result[matrix] = total
+    return [result[matrix] for matrix in range(env.num_matrices)]
 
 
 def two_layer(seed: int = 0) -> nn.Module:

@@ -278,17 +278,17 @@ def test_worked_example_of_equations_1_2_3() -> None:
     _, info = env.reset(seed=0)
     layer = env.tuner.lane_model.spectral[0]
     assert torch.allclose(layer.residual, torch.zeros(3, 2), atol=1e-6)  # both components are in the bank
-    assert layer.sigma is not None
-    assert layer.sigma[0, :, 0].tolist() == pytest.approx([3.0, 1.0])
+    rows = {name: value.detach()[0] for name, value in env.tuner.bank.rows.items()}  # of 3 and of 2 numbers, and σ
+    assert rows["sigma"][:, 0].tolist() == pytest.approx([3.0, 1.0])
     # Eq. 2 before the step: y = (3, 2, 0), target (3, 1, 0), squared error 1.
     assert info["L1"][0] == pytest.approx(1.0, abs=1e-5)
     # Choosing (r=1, minor) trains σ2 = 1, u2 = e2, v2 = e2 only. With error e = (0, 1, 0):
     # ∂/∂σ2 = 2·e·u2·(v2·x) = 4, ∂/∂u2 = 2·e·σ2·(v2·x) = (0, 4, 0), ∂/∂v2 = 2·σ2·(u2·e)·x = (2, 4).
     # Adam's first step moves each by 0.1 against the sign: σ2 = 0.9, u2 = (0, 0.9, 0), v2 = (-0.1, 0.9).
     _, reward, _, _, info = env.step(np.array([[1, 1]]))
-    assert layer.sigma[0, :, 0].tolist() == pytest.approx([3.0, 0.9], abs=1e-4)
-    assert layer.left[0, 1].tolist() == pytest.approx([0.0, 0.9, 0.0], abs=1e-4)
-    assert layer.right[0, 1].tolist() == pytest.approx([-0.1, 0.9], abs=1e-4)
+    assert rows["sigma"][:, 0].tolist() == pytest.approx([3.0, 0.9], abs=1e-4)
+    assert rows["3"][1].tolist() == pytest.approx([0.0, 0.9, 0.0], abs=1e-4)
+    assert rows["2"][1].tolist() == pytest.approx([-0.1, 0.9], abs=1e-4)
     after = (0.9 * 0.9 * (-0.1 * 1 + 0.9 * 2) - 1) ** 2  # y2 = σ2·u2·(v2·x)
     assert info["L1"][0] == pytest.approx(after, abs=1e-4)
     assert info["L2"][0] == pytest.approx(after - 1.0, abs=1e-4)
