@@ -14,15 +14,17 @@ Shapes: L lanes · M matrices · K components of a matrix · O/I out/in dim · G
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lelora_env.allocation import ChoiceTable
+from lelora_env.cache import decompose_once
 from lelora_env.config import AdapterConfig
 from lelora_env.matrices import MatrixInfo, linear_weight
-from lelora_env.spectra import decompose
 
 PROBE_TOLERANCE = 0.05
 """How far two weights' projections may lie apart (1 = typical size) and still count as one weight."""
@@ -201,19 +203,21 @@ def build_spectrum(
         probe=torch.zeros(len(matrices), 2, dtype=torch.float64, device=weights.device),
         structure=_structure(matrices, layout, config),
     )
-    for group in layout.groups:
-        _split_group(spectrum, group, weights, [matrices[m].name for m in group.matrices], config)
+    with tqdm(total=len(matrices), desc="decomposing", unit="matrix", delay=2.0, leave=False, disable=None) as bar:
+        for group in layout.groups:
+            _split_group(spectrum, group, weights, [matrices[m].name for m in group.matrices], config, bar.update)
     return spectrum
 
 
 def _split_group(
-    spectrum: Spectrum, group: ShapeGroup, weights: "WeightSource", names: list[str], config: AdapterConfig
+    spectrum: Spectrum, group: ShapeGroup, weights: "WeightSource", names: list[str], config: AdapterConfig,
+    on_done: Callable[[int], object],
 ) -> None:
     stacked = weights.take(group)  # (G, O, I)
-    parts = decompose(stacked, group.components, names=names, dtype=torch.float64)
+    parts = decompose_once(stacked, group.components, names=names, on_done=on_done)
     members = group.index
     spectrum.singular_values[members, : parts.singular_values.shape[1]] = parts.singular_values.float()
-    values = parts.singular_values[:, list(group.components)].double()  # (G, K)
+    values = parts.singular_values[:, list(group.components)]  # (G, K)
     left, right = parts.U.double(), parts.V.double()  # (G, K, O), (G, K, I)
     if config.parametrisation == "unit":
         fallback = values.mean(1).clamp_min(torch.finfo(torch.float32).tiny)

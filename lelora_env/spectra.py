@@ -11,7 +11,7 @@ singular values, and every entry of UᵀWV - S over the kept components, to abou
 U and of V to 1e-12. That is far below what fp32 storage keeps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def decompose(
     names: Sequence[str] | None = None,
     chunk: int | None = None,
     dtype: torch.dtype = torch.float32,
+    on_done: Callable[[int], object] | None = None,
 ) -> Decomposition:
     """Decompose M matrices of one shape as W ≈ Σ_k σ_k u_k v_kᵀ.
 
@@ -67,6 +68,7 @@ def decompose(
         chunk: Matrices decomposed together; limits memory (about 6 fp64 copies of a chunk live at
             once). ``None`` chooses by size.
         dtype: Type of the result; the computation is always float64.
+        on_done: Called after every chunk with its number of matrices.
 
     Returns:
         The decomposition, on the device of ``weights``.
@@ -82,8 +84,11 @@ def decompose(
     wanted = _check_components(components, len(matrices), min(rows, columns)).to(matrices[0].device)
     size = chunk if chunk is not None else max(1, _CHUNK_ENTRIES // max(1, rows * columns))
     with torch.no_grad():
-        parts = [_decompose_chunk(matrices[i:i + size], wanted[i:i + size], labels[i:i + size])
-                 for i in range(0, len(matrices), max(1, size))]
+        parts = []
+        for i in range(0, len(matrices), max(1, size)):
+            parts.append(_decompose_chunk(matrices[i:i + size], wanted[i:i + size], labels[i:i + size]))
+            if on_done is not None:
+                on_done(len(parts[-1][0]))
         sigma, left, right = (torch.cat(part).to(matrices[0].device, dtype) for part in zip(*parts, strict=True))
     return Decomposition(singular_values=sigma, U=left, V=right, components=wanted)
 

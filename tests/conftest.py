@@ -1,4 +1,4 @@
-"""What all tests share: no network, no windows, one thread unless asked otherwise, GPU tests only with a GPU."""
+"""What all tests share: no network, no windows, no cache of the user's, one thread unless asked otherwise, GPU tests only with a GPU."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["LELORA_CACHE"] = "off"
 
 import pytest
 import torch

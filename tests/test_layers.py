@@ -15,7 +15,8 @@ LAYERS = (
     ("config", "keys", "reward", "capture", "reference", "loading"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
-    ("bank", "arguments"),
+    ("cache", "arguments"),
+    ("bank",),
     ("adapter", "optim"),
     ("models", "batches"),
     ("attach", "features"),
