@@ -108,7 +108,8 @@ class SpectralLinear(nn.Module):
         if torch.is_grad_enabled():
             gradients = tuple(self.context.pick(gradient) for gradient in self.gradients)
             anchor = self.context.anchor(x.device)
-            y = _SpectralProduct.apply(lanes, anchor, self.residual, self.bias, left, right, gradients)
+            y = _SpectralProduct.apply(  # type: ignore[no-untyped-call]
+                lanes, anchor, self.residual, self.bias, left, right, gradients)
         else:
             y, _ = _product(lanes, self.residual, self.bias, left, right)
         return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
@@ -132,7 +133,7 @@ class _SpectralProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, anchor: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
         gradients: tuple[Tensor, Tensor],
     ) -> Tensor:
@@ -142,7 +143,7 @@ class _SpectralProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, inner = ctx.saved_tensors
         residual, left, right, (left_grad, right_grad) = ctx.constants
         dy = dy.view(*x.shape[:2], -1)  # (L, R, O)
@@ -156,7 +157,7 @@ class _SpectralProduct(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (L, K, D) += aᵀ·b for a (L, R, K) and b (L, R, D), summed in total's type without rounding in between."""
+    """Total (L, K, D) += aᵀ·b for a (L, R, K) and b (L, R, D), summed in total's type without rounding in between."""
     a = a.transpose(1, 2)
     if a.dtype == total.dtype:
         torch.baddbmm(total, a, b, out=total)

@@ -276,6 +276,12 @@ def factors(rows: dict[str, Tensor], group: ShapeGroup, scale: Tensor) -> tuple[
     return left, right
 
 
+def lane_bytes(spectrum: Spectrum) -> int:
+    """Device memory of one more lane: rows, gradient, two moments, and the rows before a step in fp32; factors."""
+    numbers = sum(reference.numel() for reference in spectrum.reference.values())
+    return numbers * (5 * 4 + spectrum.residual[0].element_size())
+
+
 def factor_pairs(rows: dict[str, Tensor], spectrum: Spectrum) -> list[tuple[Tensor, Tensor]]:
     """`factors` of every shape group, in fp32: what norms and observations are computed from."""
     return [factors(rows, group, spectrum.scale) for group in spectrum.layout.groups]

@@ -1,8 +1,8 @@
 """Decompositions on disk: a model is decomposed once, whatever is trained on it afterwards.
 
-An entry is a folder named by its key, with ``spectrum.safetensors`` and ``entry.json``. The key is a hash of the weights'
-bytes, shape and type, of the wanted components, and of everything else that decides the last bits (method,
-version of torch, kind of device); a run that finds an entry computes the same bits as the run that made it.
+An entry is a folder named by its key, with ``spectrum.safetensors`` and ``entry.json``. The key is a hash of the
+weights' bytes, shape and type, of the wanted components, and of everything else that decides the last bits
+(method, version of torch, kind of device); a run that finds an entry computes the same bits as the run that made it.
 Entries appear whole or not at all (one rename), so several processes may use and fill one folder. A damaged entry
 is thrown away and made anew. Without a folder that can be written to, everything works, only slower.
 

@@ -5,7 +5,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -28,13 +28,13 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-Pool = tuple[int, int]
-"""Handle of device memory that graphs share."""
+Pool = Any
+"""Handle of device memory that graphs share; torch's own type has no public name."""
 
 
 def shared_pool() -> Pool:
     """Memory for the intermediate tensors of graphs that never run at the same time: one lot for all of them."""
-    return torch.cuda.graph_pool_handle()  # type: ignore[no-any-return]
+    return torch.cuda.graph_pool_handle()
 
 
 class Captured(Generic[T]):

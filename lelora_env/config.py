@@ -197,6 +197,8 @@ class EnvConfig:
             ``None`` takes a module's own type, and fp32 for a model loaded by path.
         device: Torch device, kept by its name. ``None`` takes a module's own device, and the GPU
             when there is one for a model loaded by path.
+        activation_checkpointing: ``True`` keeps only the inputs of the model's blocks for the backward pass
+            and computes the rest anew: much less memory, about a third more time, the same numbers.
         cuda_graphs: On CUDA, record a step's kernels once and replay them (same numbers, several
             times faster for small models); ``False`` launches them one by one.
     """
@@ -224,6 +226,7 @@ class EnvConfig:
     common_random_numbers: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None
+    activation_checkpointing: bool = False
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
@@ -237,7 +240,7 @@ class EnvConfig:
         for field in ("head_learning_rate", "max_grad_norm"):
             if getattr(self, field) is not None:
                 put(field, _number(field, getattr(self, field), "a positive number or None", _POSITIVE[1]))
-        for field in ("raw_observation", "common_random_numbers", "cuda_graphs"):
+        for field in ("raw_observation", "common_random_numbers", "activation_checkpointing", "cuda_graphs"):
             value = getattr(self, field)
             _require(isinstance(value, bool | np.bool_), field, value, "True or False")
             put(field, bool(value))

@@ -37,3 +37,7 @@ class ActionError(LeLoRAError):
 
 class NotReadyError(LeLoRAError):
     """A method was called out of order, such as ``step`` before ``reset``."""
+
+
+class MemoryLimitError(LeLoRAError):
+    """The device's memory does not suffice; the message says for what, and what would fit."""

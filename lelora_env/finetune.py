@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.attach import attach, bind, head_start
+from lelora_env.attach import attach, bind, head_start, recompute_activations
 from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
 from lelora_env.capture import Captured, shared_pool
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
 from lelora_env.keys import Purpose, generator
+from lelora_env.memory import forward_advice, training_advice, within_memory
 from lelora_env.models import Base
 from lelora_env.optim import MaskedAdamW, linear_schedule
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
@@ -26,11 +27,8 @@ from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
 
-LOGITS_BUDGET = 2**28
-"""Largest number of logits in a forward pass without gradients."""
-
-FORWARD_ROWS = 64
-"""Rows per lane in one forward pass without gradients."""
+FORWARD_ROWS, FORWARD_TOKENS, LOGITS_BUDGET = 64, 2**18, 2**28
+"""Rows per lane, tokens of all lanes, and logits in one forward pass without gradients, at most."""
 
 
 def _backward(loss: Tensor) -> None:
@@ -76,6 +74,8 @@ class FineTuner:
         )
         self.batches = Batches(self.splits.train, config.batch_size, config.split_seed)
         self.lane_model = attach(base, config.dropout, pad_token_id)
+        if config.activation_checkpointing:
+            recompute_activations(self.lane_model)
         self.bank = Bank(base.spectrum, lanes, self.lane_model.head_size)
         bind(self.lane_model, self.bank)
         self.optimiser = self._make_optimiser()
@@ -86,6 +86,9 @@ class FineTuner:
         self._reward_rows = self._trimmed(self.splits.reward)
         self._allocate_inputs()
         self.looped = self.lanes > 1 and not self._lanes_can_share()
+        if self.looped and config.activation_checkpointing:
+            raise ModelError("activation_checkpointing needs a model whose lanes run together; those of this one run "
+                             "one at a time (it mixes rows). Leave activation_checkpointing out, or use one lane.")
         self._check_every_layer_is_called()
 
     @torch.no_grad()
@@ -219,8 +222,17 @@ class FineTuner:
                     f"training step at width {width}", partial(self._step, width), self.captures, self._rehearsal,
                     self.pool,
                 )
-            self._train_step[width]()
+            within_memory(self._train_step[width], partial(self._advice, width))
             self.steps += self.active
+
+    def _advice(self, width: int) -> str:
+        config = self.config
+
+        def try_rows(rows: int) -> None:
+            batch = self.batches.gather(self._indices[:, :1].expand(-1, rows).clamp_min(0), width)
+            _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
+
+        return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
     def _load_step(self) -> int:
         """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
@@ -341,11 +353,15 @@ class FineTuner:
         return mean
 
     def _rows_at_once(self, rows: Rows, lanes: int) -> int:
-        """Rows per lane in a forward pass without gradients, so that logits stay within a budget."""
-        vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", 1)
-        if self.task.head != "causal-lm" or "input_ids" not in rows:
+        """Rows per lane in a forward pass without gradients, so that its memory stays within a budget."""
+        if "input_ids" not in rows:
             return FORWARD_ROWS
-        return max(1, min(FORWARD_ROWS, LOGITS_BUDGET // (lanes * rows["input_ids"].shape[1] * vocabulary)))
+        tokens = lanes * max(1, rows["input_ids"].shape[1])
+        limit = FORWARD_TOKENS // tokens
+        if self.task.head == "causal-lm":
+            vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", 1)
+            limit = min(limit, LOGITS_BUDGET // (tokens * vocabulary))
+        return max(1, min(FORWARD_ROWS, limit))
 
     @torch.no_grad()
     def evaluate(self, split: str) -> list[dict[str, float]]:
@@ -365,13 +381,24 @@ class FineTuner:
             chosen = order[start : start + size]
             part = take_rows(rows, torch.from_numpy(chosen).to(self.device), rounded(int(lengths[chosen].max())))
             repeated = self._in_every_lane(part)
-            predicted = self.task.predict(self.forward(repeated), repeated)
+            advice = partial(forward_advice, self.lanes, len(chosen), rounded(int(lengths[chosen].max())), self.device)
+            predicted = within_memory(partial(self._predict, repeated), advice)
             parts.append(predicted.view(self.lanes, len(chosen), -1).float().cpu().numpy())
         back = np.argsort(order, kind="stable")
         predictions = np.concatenate(parts, axis=1)[:, back]  # (L, N, P)
         host = {name: column.cpu() for name, column in rows.items()}
         scores = [self.task.score(predictions[lane], host) for lane in range(self.lanes)]
         return [{name: float(value) for name, value in score.items()} for score in scores]
+
+    def _predict(self, rows: Rows) -> Tensor:
+        return self.task.predict(self.forward(rows), rows)
+
+    @property
+    def forward_advice(self) -> str:
+        """What to say when measuring the reward loss runs out of memory."""
+        rows = min(self._rows_at_once(self._reward_rows, self.lanes), len(next(iter(self._reward_rows.values()))))
+        width = self._reward_rows["input_ids"].shape[1] if "input_ids" in self._reward_rows else 0
+        return forward_advice(self.lanes, rows, width, self.device)
 
     @torch.no_grad()
     def matrix_grad_norms(self) -> Tensor:

@@ -15,6 +15,7 @@ from lelora_env.bank import factor_pairs
 from lelora_env.capture import Captured
 from lelora_env.features import Observer, change_norms
 from lelora_env.finetune import FineTuner
+from lelora_env.memory import within_memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Measurement:
         """Start a measurement without waiting for it; see `__call__` for the arguments."""
         self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
         self.ran.copy_(torch.from_numpy(ran).unsqueeze(1), non_blocking=True)
-        self._result = self._captured()
+        self._result = within_memory(self._captured, lambda: self.tuner.forward_advice)
 
     def fetch(self) -> Outcome:
         """Wait for what `launch` started: one transfer from the device."""

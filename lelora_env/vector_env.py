@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from lelora_env.accounting import Accountant, LaneClocks
 from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
 from lelora_env.arguments import check_vocabulary, checked_mode, lane_list, lane_seeds, reset_mask
+from lelora_env.bank import lane_bytes
 from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner, put_lanes
+from lelora_env.memory import lanes_advice, within_memory
 from lelora_env.models import Base, ModelSource
 from lelora_env.outcome import Measurement
 from lelora_env.reference import ByReference, by_reference_spec, plain_options
@@ -178,9 +180,15 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         assert self._splits is not None
         lanes = self.num_envs
         pad = self.source.pad_token_id()
-        self._tuner = FineTuner(self._base, self.task, self._splits, self.env_config, lanes, pad)
-        observer = Observer(self._base.spectrum, self.matrices, self.env_config)
-        self._measure = Measurement(self._tuner, observer)
+        base, splits = self._base, self._splits
+        observer = Observer(base.spectrum, self.matrices, self.env_config)
+
+        def allocate() -> tuple[FineTuner, Measurement]:
+            tuner = FineTuner(base, self.task, splits, self.env_config, lanes, pad)
+            return tuner, Measurement(tuner, observer)
+
+        self._tuner, self._measure = within_memory(allocate, lambda: lanes_advice(
+            lanes, lane_bytes(base.spectrum), base.device))
         self._accountant = Accountant(self.matrices, self.table, self.adapter_config, self.env_config)
         self._clocks = LaneClocks(lanes)
 

@@ -1,4 +1,4 @@
-"""What all tests share: no network, no windows, no cache of the user's, one thread unless asked otherwise, GPU tests only with a GPU."""
+"""What all tests share: no network, windows or user's cache, one thread unless asked otherwise, GPU tests on a GPU."""
 
 import os
 

@@ -38,8 +38,8 @@ def made(seed: int = 0) -> Decomposition:
 
 
 def same(one: Decomposition, two: Decomposition) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(two, name)) and getattr(one, name).dtype == getattr(two, name).dtype
-               for name in ("singular_values", "U", "V", "components"))
+    pairs = [(getattr(one, name), getattr(two, name)) for name in ("singular_values", "U", "V", "components")]
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
 def refuse(*args: object, **options: object) -> None:
