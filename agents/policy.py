@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.agent import Array
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
@@ -31,6 +33,8 @@ class PerMatrixPolicy(nn.Module):
     ``raw_observation=True`` for that; the environment's default, scaled ones train better.
     """
 
+    columns: Tensor
+
     def __init__(self, spec: AgentSpec, *, embedding: int = 200, hidden: Sequence[int] = (1024, 256, 64),
                  columns: Sequence[str] | None = None, seed: int = 0) -> None:
         """Build the network; neither reads nor moves the global random generator.
@@ -51,7 +55,7 @@ class PerMatrixPolicy(nn.Module):
         for name in chosen:
             if name not in names:
                 raise UnknownNameError("feature", name, names)
-        self.columns = [names.index(name) for name in chosen]
+        self.register_buffer("columns", torch.tensor([names.index(name) for name in chosen]), persistent=False)
         self.indices = {name: names.index(name) for name in spec.index_ranges} if embedding else {}
         self.ranges = dict(spec.index_ranges)
         with torch.random.fork_rng(devices=[]):
@@ -77,22 +81,30 @@ class PerMatrixPolicy(nn.Module):
 
         Returns:
             Rank logits (L, M, R) and location logits (L, M, S), not yet masked.
-
-        Raises:
-            LeLoRAError: A layer or type index that the network has no embedding for.
         """
         parts = [self._embed(name, observation[..., column]) for name, column in self.indices.items()]
-        hidden = self.body(torch.cat([*parts, observation[..., self.columns]], dim=-1))  # (L, M, H)
+        values = observation.index_select(-1, self.columns)
+        hidden = self.body(torch.cat([*parts, values], dim=-1))  # (L, M, H)
         return self.rank_head(hidden), self.location_head(hidden)
+
+    def check(self, observation: Array) -> None:
+        """See that the network has an embedding for every layer and type index of an observation (L, M, F).
+
+        Raises:
+            LeLoRAError: It has not.
+        """
+        for name, column in self.indices.items():
+            low, high = self.ranges[name]
+            index = np.rint(observation[..., column])
+            smallest, largest = index.min(), index.max()
+            if not low <= smallest <= largest <= high:  # not so for NaN either
+                raise LeLoRAError(f"the policy was made for {name} indices from {low} to {high}, the observation holds "
+                                  f"{smallest:g} to {largest:g}; make a policy for this environment")
 
     def _embed(self, name: str, values: Tensor) -> Tensor:
         low, high = self.ranges[name]
-        index = values.round().long()
-        smallest, largest = int(index.min()), int(index.max())
-        if not low <= smallest <= largest <= high:
-            raise LeLoRAError(f"the policy was made for {name} indices from {low} to {high}, the observation holds "
-                              f"{smallest} to {largest}; make a policy for this environment")
-        embedded: Tensor = self.embeddings[f"{name}_index"](index - low)  # (L, M, E)
+        index = values.round().long().clamp(low, high) - low  # `check` has seen that nothing is clamped
+        embedded: Tensor = self.embeddings[f"{name}_index"](index)  # (L, M, E)
         return embedded
 
 
@@ -123,23 +135,32 @@ class ActionDistribution:
             rank_mask: Legal ranks, (M, R) bool; ``None`` = all.
             location_mask: Legal locations, (M, S) bool; ``None`` = all.
             zero_rank: See the class.
-
-        Raises:
-            LeLoRAError: A logit is not finite.
         """
-        log_probs = []
-        for logits, mask in ((rank_logits, rank_mask), (location_logits, location_mask)):
-            if not bool(torch.isfinite(logits).all()):
-                raise LeLoRAError("the policy's logits are not finite, so nothing can be sampled: the policy has "
-                                  "diverged, or the observation holds NaN. Lower the agent's learning_rate, or use "
-                                  "scaled observations (raw_observation=False)")
-            log_probs.append((logits if mask is None else logits.masked_fill(~mask, MASKED)).log_softmax(dim=-1))
+        log_probs = [
+            (logits if mask is None else logits.masked_fill(~mask, MASKED)).log_softmax(dim=-1)
+            for logits, mask in ((rank_logits, rank_mask), (location_logits, location_mask))
+        ]
         return cls(log_probs[0], log_probs[1], zero_rank)
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether every probability is a number, () bool; see `require_finite`."""
+        return torch.isfinite(self.rank_log_probs).all() & torch.isfinite(self.location_log_probs).all()
+
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a (rank index, location index) for every lane and matrix: (L, M, 2) int64."""
-        return torch.stack([_gumbel_max(self.rank_log_probs, generator),
-                            _gumbel_max(self.location_log_probs, generator)], dim=-1)
+        """Draw a (rank index, location index) for every lane and matrix: (L, M, 2) int64.
+
+        Raises:
+            LeLoRAError: The probabilities are not finite.
+        """
+        require_finite(bool(self.finite))
+        shapes = self.rank_log_probs.shape, self.location_log_probs.shape
+        return self.choose(*(gumbel(shape, generator).to(self.rank_log_probs.device) for shape in shapes))
+
+    def choose(self, rank_noise: Tensor, location_noise: Tensor) -> Tensor:
+        """The draw that given `gumbel` noise, (L, M, R) and (L, M, S), leads to: (L, M, 2) int64."""
+        noisy = self.rank_log_probs + rank_noise, self.location_log_probs + location_noise
+        return torch.stack([values.argmax(dim=-1) for values in noisy], dim=-1)
 
     def mode(self) -> Tensor:
         """The likeliest choices, (L, M, 2) int64."""
@@ -161,10 +182,21 @@ class ActionDistribution:
         return _entropy(self.rank_log_probs) + location
 
 
-def _gumbel_max(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample by adding Gumbel noise, drawn on the CPU so that a seed means the same everywhere."""
-    noise = torch.empty(log_probs.shape, dtype=torch.float32).exponential_(generator=generator)
-    return (log_probs - noise.log().to(log_probs.device)).argmax(dim=-1)
+def require_finite(finite: bool) -> None:
+    """Raise where a policy's probabilities are not finite.
+
+    Raises:
+        LeLoRAError: They are not.
+    """
+    if not finite:
+        raise LeLoRAError("the policy's logits are not finite, so nothing can be sampled: the policy has diverged, or "
+                          "the observation holds NaN. Lower the agent's learning_rate, or use scaled observations "
+                          "(raw_observation=False)")
+
+
+def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, drawn on the CPU so that a seed means the same everywhere."""
+    return -torch.empty(tuple(shape), dtype=torch.float32).exponential_(generator=generator).log()
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -14,19 +14,23 @@ it is here because it is what the paper describes, and it does learn where rewar
 Shapes: L lanes · M matrices · F features.
 """
 
+import contextlib
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agents.agent import Array, Transition
 from agents.options import annotations_of, check_options
-from agents.policy import ActionDistribution, PerMatrixPolicy
+from agents.policy import ActionDistribution, PerMatrixPolicy, gumbel, require_finite
 from agents.spec import AgentSpec
+from lelora_env.capture import Captured
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +94,7 @@ class RunningMean:
 class Reinforce:
     """A policy network trained by REINFORCE, one update per env step over all lanes (an `Agent`)."""
 
-    def __init__(self, spec: AgentSpec, *, preset: str = "paper", seed: int = 0, device: str = "cpu",
+    def __init__(self, spec: AgentSpec, *, preset: str = "paper", seed: int = 0, device: str | None = None,
                  policy: nn.Module | None = None, **options: Any) -> None:
         """Build network, optimiser and a noise generator of its own.
 
@@ -98,7 +102,8 @@ class Reinforce:
             spec: What is observed and chosen.
             preset: A name in `PRESETS`.
             seed: Seed of the initial weights and of the sampling noise.
-            device: Torch device of the network.
+            device: Torch device of the network; ``None`` = the environment's. On CUDA, acting and
+                learning run as recorded graphs.
             policy: A network to train instead of the preset's `PerMatrixPolicy`: (L, M, F) ->
                 rank logits (L, M, R) and location logits (L, M, S).
             **options: Fields of `ReinforceConfig` that differ from the preset.
@@ -112,31 +117,83 @@ class Reinforce:
         for name in options:
             if name not in ReinforceConfig.__dataclass_fields__:
                 raise UnknownNameError("REINFORCE option", name, ReinforceConfig.__dataclass_fields__)
-        self.spec, self.preset, self.device = spec, preset, _device(device)
+        self.spec, self.preset, self.device = spec, preset, _device(device or spec.device)
         self.config = replace(PRESETS[preset], **options)
         if policy is None:
             policy = PerMatrixPolicy(spec, embedding=self.config.embedding, hidden=self.config.hidden,
                                      columns=self.config.columns, seed=seed)
         self.policy = policy.to(self.device)
-        self.optimiser = torch.optim.Adam(self.policy.parameters(), lr=self.config.learning_rate)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        on_gpu = self.device.type == "cuda"
+        self.optimiser = torch.optim.Adam(self.parameters, lr=self.config.learning_rate, capturable=on_gpu,
+                                          fused=on_gpu or None)
         self.baseline = RunningMean(self.config.baseline_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self._rank_mask = torch.as_tensor(spec.rank_mask, device=self.device)
         self._location_mask = torch.as_tensor(spec.location_mask, device=self.device)
+        self._record()
+
+    def _record(self) -> None:
+        """Forget recorded graphs and their inputs: they hold the addresses of tensors that have been replaced."""
+        captures = self.device.type == "cuda"
+        self._inputs: dict[str, Tensor] = {}
+        self._choose = Captured("agent's choice", self._draw, captures)
+        self._follow = Captured("agent's gradient", self._differentiate, captures)
+        self._move = Captured("agent's update", self._apply, captures, self._unmoved)
 
     def distribution(self, observation: Array) -> ActionDistribution:
-        """The policy's choice probabilities for observations of shape (L, M, F)."""
-        rank_logits, location_logits = self.policy(torch.as_tensor(observation, device=self.device))
+        """The policy's choice probabilities for observations of shape (L, M, F).
+
+        Raises:
+            LeLoRAError: They are not finite, or the observation names a layer that the policy does not know.
+        """
+        self._check(observation)
+        found = self._distribution(torch.as_tensor(observation, device=self.device))
+        require_finite(bool(found.finite))
+        return found
+
+    def _check(self, observation: Array) -> None:
+        if isinstance(self.policy, PerMatrixPolicy):
+            self.policy.check(observation)
+
+    def _distribution(self, observation: Tensor) -> ActionDistribution:
+        rank_logits, location_logits = self.policy(observation)
         zero = self.spec.rank_set.index(0) if self.config.rank_zero_rule and 0 in self.spec.rank_set else None
         return ActionDistribution.from_logits(rank_logits, location_logits, rank_mask=self._rank_mask,
                                               location_mask=self._location_mask, zero_rank=zero)
 
+    def _put(self, **values: Tensor) -> None:
+        """Copy values into the tensors that the recorded functions read; new shapes mean new recordings."""
+        if any(name in self._inputs and self._inputs[name].shape != value.shape for name, value in values.items()):
+            self._record()
+        for name, value in values.items():
+            if name not in self._inputs:
+                self._inputs[name] = value.to(self.device, copy=True)
+            else:
+                self._inputs[name].copy_(value, non_blocking=True)
+
     def act(self, observation: Array) -> Array:
-        """Sample an allocation for every lane: (L, M, F) -> (L, 2M) int64."""
-        with torch.no_grad():
-            choice = self.distribution(observation).sample(self.generator)  # (L, M, 2)
-        action: Array = choice.flatten(1).cpu().numpy()
+        """Sample an allocation for every lane: (L, M, F) -> (L, 2M) int64.
+
+        Raises:
+            LeLoRAError: The policy's probabilities are not finite, or it does not know a layer.
+        """
+        self._check(observation)
+        lanes, matrices, _ = observation.shape
+        ranks, locations = self._rank_mask.shape[1], self._location_mask.shape[1]
+        self._put(observation=torch.from_numpy(observation), rank_noise=gumbel((lanes, matrices, ranks), self.generator),
+                  location_noise=gumbel((lanes, matrices, locations), self.generator))
+        drawn = self._choose().cpu().numpy()  # (L·2M + 1,)
+        require_finite(bool(drawn[-1]))
+        action: Array = drawn[:-1].reshape(lanes, -1).copy()
         return action
+
+    @torch.no_grad()
+    def _draw(self) -> Tensor:
+        """The choices of the noise in place, flat, and behind them whether all is finite."""
+        distribution = self._distribution(self._inputs["observation"])
+        choice = distribution.choose(self._inputs["rank_noise"], self._inputs["location_noise"])
+        return torch.cat([choice.flatten(), distribution.finite.long().view(1)])
 
     def update(self, transition: Transition) -> dict[str, float]:
         """One Adam step. Lanes whose reward is not finite are left out, with a log entry.
@@ -149,36 +206,65 @@ class Reinforce:
         Raises:
             LeLoRAError: The gradient is not finite; nothing has been changed then.
         """
-        reward = torch.as_tensor(transition.reward, dtype=torch.float64)
-        usable = torch.isfinite(reward)  # (L,)
+        reward = np.asarray(transition.reward, dtype=np.float64)
+        usable = np.isfinite(reward)  # (L,)
         skipped = float((~usable).sum())
         if skipped:
             logger.warning("REINFORCE leaves %d of %d lanes out of this update: their reward is not finite",
                            int(skipped), len(reward))
-        if not bool(usable.any()):
+        if not usable.any():
             return {"skipped_lanes": skipped}
-        reward, rows = reward[usable], usable.numpy()
         baseline = self.baseline.value
-        scalars = self._step(transition.observation[rows], transition.action[rows], reward - baseline)
-        self.baseline.add(float(reward.mean()))
+        scalars = self._step(transition, np.where(usable, reward - baseline, 0.0), usable / usable.sum())
+        self.baseline.add(float(reward[usable].mean()))
         return {**scalars, "baseline": baseline, "skipped_lanes": skipped}
 
-    def _step(self, observation: Array, action: Array, advantage: Tensor) -> dict[str, float]:
-        """Follow the policy gradient once; `advantage` is (L,) float64."""
-        distribution = self.distribution(observation)
-        choice = torch.as_tensor(action, device=self.device).reshape(len(action), -1, 2)  # (L, M, 2)
-        log_prob = distribution.log_prob(choice).mean(dim=1)  # (L,)
-        loss = -(advantage.to(log_prob) * log_prob).mean()
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
-        if not math.isfinite(norm):
+    def _step(self, transition: Transition, advantage: Array, weight: Array) -> dict[str, float]:
+        """Follow the policy gradient once; `advantage` and `weight` (of a lane in the mean) are (L,) float64."""
+        self._check(transition.observation)
+        lanes = len(advantage)
+        self._put(observation=torch.from_numpy(transition.observation),
+                  choice=torch.from_numpy(transition.action).reshape(lanes, -1, 2),
+                  advantage=torch.from_numpy(advantage).float(), weight=torch.from_numpy(weight).float())
+        names = ("loss", "entropy", "log_prob", "gradient_norm")
+        scalars = dict(zip(names, self._follow().tolist(), strict=True))
+        if not math.isfinite(scalars["gradient_norm"]):
             raise LeLoRAError("the policy gradient is not finite; the policy was left as it was. Lower the agent's "
                               "learning_rate, or use scaled observations (raw_observation=False)")
+        self._move()
+        return {**scalars, "advantage": float((advantage * weight).sum())}
+
+    def _differentiate(self) -> Tensor:
+        """Put the gradient of the loss into place; returns loss, entropy, log-probability and gradient norm, (4,)."""
+        distribution, weight = self._distribution(self._inputs["observation"]), self._inputs["weight"]
+        log_prob = distribution.log_prob(self._inputs["choice"]).mean(dim=1)  # (L,)
+        loss = -(weight * self._inputs["advantage"] * log_prob).sum()
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if gradient is not None:
+                parameter.grad.copy_(gradient)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None]))
+        entropy = (weight * distribution.entropy().mean(dim=1)).sum()
+        return torch.stack([loss, entropy, (weight * log_prob).sum(), norm]).detach()
+
+    def _apply(self) -> None:
         self.optimiser.step()
-        means = {"entropy": distribution.entropy(), "log_prob": log_prob, "advantage": advantage, "loss": loss}
-        return {**{name: float(values.detach().mean()) for name, values in means.items()}, "gradient_norm": norm}
+
+    @contextlib.contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Whatever Adam does in here is taken back, in place."""
+        weights = [parameter.detach().clone() for parameter in self.parameters]
+        moments = [{k: v.clone() for k, v in self.optimiser.state[p].items()} for p in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight, old in zip(self.parameters, weights, moments, strict=True):
+                    parameter.copy_(weight)
+                    for name, tensor in self.optimiser.state[parameter].items():
+                        tensor.copy_(old[name]) if name in old else tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Policy, optimiser, reward baseline, noise and settings; a snapshot, not a view."""
@@ -209,6 +295,7 @@ class Reinforce:
             text = " ".join(str(error).split())
             raise LeLoRAError(f"the saved policy does not fit this environment: {text}") from None
         self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self._record()
         self.baseline.total, self.baseline.count = state["baseline"]["total"], state["baseline"]["count"]
         self.generator.set_state(state["generator"].cpu())
 

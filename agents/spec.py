@@ -28,6 +28,7 @@ class AgentSpec:
         num_lanes: L.
         observation_space: The single environment's observation space.
         action_space: The single environment's action space.
+        device: Where the environment computes, such as ``"cpu"`` or ``"cuda"``.
     """
 
     feature_names: tuple[str, ...]
@@ -39,6 +40,7 @@ class AgentSpec:
     num_lanes: int
     observation_space: spaces.Box = field(repr=False)
     action_space: spaces.MultiDiscrete = field(repr=False)
+    device: str = "cpu"
 
     @classmethod
     def from_env(cls, env: AnyEnv) -> "AgentSpec":
@@ -68,7 +70,7 @@ class AgentSpec:
         ranges = {name: (int(low[:, i].min()), int(high[:, i].max())) for name, i in columns.items()}
         return cls(names, tuple(config.rank_set), tuple(config.location_names), masks[:, :num_ranks],
                    masks[:, num_ranks:], ranges, env.num_envs if isinstance(env, VectorEnv) else 1,
-                   observation_space, action_space)
+                   observation_space, action_space, str(getattr(base, "device", "cpu")))
 
     @property
     def num_matrices(self) -> int:

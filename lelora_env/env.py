@@ -208,7 +208,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
 
 _SHARED = frozenset(
     {"matrices", "task", "horizon", "adapter_config", "env_config", "feature_names", "num_matrices", "table",
-     "instance", "source", "tuner"}
+     "instance", "source", "tuner", "device"}
 )
 
 

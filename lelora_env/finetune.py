@@ -41,6 +41,11 @@ def _backward(loss: Tensor) -> None:
         loss.backward()
 
 
+def _width(rows: Rows) -> int:
+    """Tokens of a row; 0 for rows that are not sequences."""
+    return rows["input_ids"].shape[1] if "input_ids" in rows else 0
+
+
 class FineTuner:
     """L fine-tuning runs that share one frozen model.
 
@@ -354,9 +359,7 @@ class FineTuner:
 
     def _rows_at_once(self, rows: Rows, lanes: int) -> int:
         """Rows per lane in a forward pass without gradients, so that its memory stays within a budget."""
-        if "input_ids" not in rows:
-            return FORWARD_ROWS
-        tokens = lanes * max(1, rows["input_ids"].shape[1])
+        tokens = lanes * max(1, _width(rows))
         limit = FORWARD_TOKENS // tokens
         if self.task.head == "causal-lm":
             vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", 1)
@@ -381,7 +384,7 @@ class FineTuner:
             chosen = order[start : start + size]
             part = take_rows(rows, torch.from_numpy(chosen).to(self.device), rounded(int(lengths[chosen].max())))
             repeated = self._in_every_lane(part)
-            advice = partial(forward_advice, self.lanes, len(chosen), rounded(int(lengths[chosen].max())), self.device)
+            advice = partial(forward_advice, self.lanes, len(chosen), _width(part), self.device)
             predicted = within_memory(partial(self._predict, repeated), advice)
             parts.append(predicted.view(self.lanes, len(chosen), -1).float().cpu().numpy())
         back = np.argsort(order, kind="stable")
@@ -397,8 +400,7 @@ class FineTuner:
     def forward_advice(self) -> str:
         """What to say when measuring the reward loss runs out of memory."""
         rows = min(self._rows_at_once(self._reward_rows, self.lanes), len(next(iter(self._reward_rows.values()))))
-        width = self._reward_rows["input_ids"].shape[1] if "input_ids" in self._reward_rows else 0
-        return forward_advice(self.lanes, rows, width, self.device)
+        return forward_advice(self.lanes, rows, _width(self._reward_rows), self.device)
 
     @torch.no_grad()
     def matrix_grad_norms(self) -> Tensor:

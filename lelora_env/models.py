@@ -121,6 +121,12 @@ class ModelSource:
         tokenizer = self.tokenizer() if self.config is not None else None
         return getattr(tokenizer, "pad_token_id", None)
 
+    def device(self, env: EnvConfig) -> str:
+        """Where the frozen model lies or will lie: the module's device, else the one asked for, else the GPU."""
+        if self.module is not None:
+            return str(next((p.device for p in self.module.parameters()), "cpu"))
+        return env.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
     def describe(self, head: Head, num_labels: int, adapter: AdapterConfig) -> list[MatrixInfo]:
         """The matrices that would be adapted, from the config alone where the model is a path.
 
@@ -200,7 +206,7 @@ class ModelSource:
         )
         if "gguf_file" in options:
             model = without_quantisation(model, auto, dtype)
-        device = env.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device(env)
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:

@@ -142,6 +142,11 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return len(self.matrices)
 
     @property
+    def device(self) -> str:
+        """Where it computes; known before anything is loaded."""
+        return self.source.device(self.env_config)
+
+    @property
     def horizon(self) -> int:
         """Env steps in an episode."""
         return self.env_config.horizon

@@ -73,7 +73,7 @@ def test_samples_follow_the_probabilities() -> None:
 
 def test_non_finite_logits_are_an_error() -> None:
     with pytest.raises(LeLoRAError, match="not finite"):
-        ActionDistribution.from_logits(torch.full((1, 2, 4), torch.nan), torch.zeros(1, 2, 3))
+        ActionDistribution.from_logits(torch.full((1, 2, 4), torch.nan), torch.zeros(1, 2, 3)).sample(torch.Generator())
 
 
 def test_the_network_shares_its_weights_across_matrices_and_lanes() -> None:
@@ -129,6 +129,9 @@ def test_unknown_columns_and_layers_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="sv_0"):
         PerMatrixPolicy(spec, columns=("sv_00",))
     policy = PerMatrixPolicy(spec, hidden=(8,))
-    observation = torch.as_tensor(ToyEnv(num_matrices=20).reset()[0][None])
-    with pytest.raises(LeLoRAError, match="layer indices from 0 to 2"):
-        policy(observation)
+    observation = ToyEnv(num_matrices=20).reset()[0][None]
+    with pytest.raises(LeLoRAError, match="layer indices from 0 to 2, the observation holds 0 to 9"):
+        policy.check(observation)
+    observation[0, 0, 0] = np.nan
+    with pytest.raises(LeLoRAError, match="holds nan to nan"):
+        policy.check(observation)

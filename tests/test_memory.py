@@ -111,4 +111,4 @@ def test_recomputing_needs_blocks_and_lanes_that_run_together() -> None:
         recompute_activations(LaneModel(two_layer(), LaneContext()))
     with pytest.raises(LeLoRAError, match="run one at a time"):
         make_lanes(2, model=tiny_model("deberta", num_labels=3, attention="eager"), task=TokenTask(), rank_set=(0, 1),
-                   reward_size=8, tune_size=0, activation_checkpointing=True).reset(seed=0)
+                   target_modules="all-linear", reward_size=8, tune_size=0, activation_checkpointing=True).reset(seed=0)
