@@ -181,8 +181,8 @@ class Reinforce:
         self._check(observation)
         lanes, matrices, _ = observation.shape
         ranks, locations = self._rank_mask.shape[1], self._location_mask.shape[1]
-        self._put(observation=torch.from_numpy(observation), rank_noise=gumbel((lanes, matrices, ranks), self.generator),
-                  location_noise=gumbel((lanes, matrices, locations), self.generator))
+        noise = [gumbel((lanes, matrices, choices), self.generator) for choices in (ranks, locations)]
+        self._put(observation=torch.from_numpy(observation), rank_noise=noise[0], location_noise=noise[1])
         drawn = self._choose().cpu().numpy()  # (L·2M + 1,)
         require_finite(bool(drawn[-1]))
         action: Array = drawn[:-1].reshape(lanes, -1).copy()

@@ -1,69 +1,69 @@
-"""How long an env step takes, how it grows with the number of lanes, and what a plain PEFT environment takes.
+"""How long an env step takes, how it grows, and what else a user could have: everything in one run.
 
-Steps of a classification model with random weights (so that it needs no download): query and value, ranks up to 8,
-training batch 16 rows, reward batch 32 rows, all of one length. Ours captured as CUDA graphs and plainly, for several
-numbers of lanes, and in the same run the environment of benchmarks/peft_env.py (one LoRA training step, one reward
-forward pass) and its training step alone. Median of several after warm-up, synchronised.
+A sentence model with random weights, query and value, ranks up to 8, training batch 16 rows, reward batch 32 rows, all
+of one length. Ours with one lane and with many; the plain environment of benchmarks/peft_env.py (one LoRA training
+step and one reward forward pass), several of it in Gymnasium's SyncVectorEnv, and its training step alone.
+Besides: the default agent's share, the norm's share, what a fork costs, and how time grows with lanes and matrices.
 
     python -m benchmarks.env_steps --shape roberta-base --lanes 1 8 64
+
+On a CPU: python -m benchmarks.env_steps --shape minilm --lanes 1 --dtype float32 --repeats 10 --copies 0
 
 The last line of the output is one JSON document.
 """
 
 import argparse
 import copy
+import gc
 import itertools
-import json
-import platform
-import time
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-import transformers
 
 import lelora_env
+from agents import make_agent
+from agents.agent import Transition
+from benchmarks.common import (
+    ENCODERS,
+    PEAK,
+    flops_per_token,
+    in_turn,
+    median,
+    random_rows,
+    recorded,
+    report,
+    sentence_model,
+)
 from benchmarks.peft_env import PeftLoRAEnv
-from lelora_env.tasks.dataset import DatasetTask
+from lelora_env.bank import factor_pairs
+from lelora_env.features import weight_norms
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
-               "vocab_size": 30522},
-    "roberta-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                     "intermediate_size": 3072, "vocab_size": 50265},
-}
+ALL_TYPES = "query,key,value,out,up,down"
+BATCH, REWARD = 16, 32
 
 
-def random_rows(count: int, length: int) -> DatasetTask:
-    """Rows of random tokens, all of one length, with two labels."""
-    rng = np.random.default_rng(0)
-    rows = [{"ids": rng.integers(5, 30000, length).tolist(), "label": int(i % 2)} for i in range(count)]
-
-    def collate(part: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([row["ids"] for row in part])
-        labels = torch.tensor([row["label"] for row in part])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-    return DatasetTask(rows, collate, eval=rows[:64], head="sequence-classification", num_labels=2)
-
-
-def measure(lanes: int, captured: bool, arguments: argparse.Namespace, model: torch.nn.Module) -> dict[str, float]:
-    """Median seconds of a step with `lanes` lanes."""
+def our_env(lanes: int, model: Any, arguments: argparse.Namespace, **options: Any) -> lelora_env.LeLoRAVectorEnv:
+    """The native environment, reset."""
+    options = {"target_modules": "query,value", **options}
     env = gym.make_vec("LeLoRA-v0", num_envs=lanes, vectorization_mode="vector_entry_point", model=model,
-                       task=random_rows(2048, arguments.length), batch_size=16, reward_size=32, tune_size=0,
-                       horizon=10_000, parametrisation="unit", target_modules="query,value", cuda_graphs=captured)
+                       task=random_rows(2048, arguments.length), batch_size=BATCH, reward_size=REWARD, tune_size=0,
+                       horizon=100_000, parametrisation="unit", **options)
     env.reset(seed=0)
     env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(4)]
-    turn = itertools.cycle(actions)
-    median = _median(lambda: env.step(next(turn)), arguments.repeats)
-    return {"lanes": lanes, "captured": captured, "seconds": median, "lane_steps_per_second": lanes / median}
+    return env  # type: ignore[return-value]
 
 
-def measure_peft(arguments: argparse.Namespace, model: torch.nn.Module) -> dict[str, float]:
-    """Median seconds of the plain PEFT environment's step, and of its training step alone."""
+def stepper(env: Any) -> Callable[[], Any]:
+    """Steps `env` with actions drawn beforehand."""
+    turn = itertools.cycle([env.action_space.sample() for _ in range(4)])
+    return lambda: env.step(next(turn))
+
+
+def plain_env(model: Any, arguments: argparse.Namespace) -> PeftLoRAEnv:
+    """The plain PEFT environment over a copy of the model."""
     device = next(model.parameters()).device
     rng = np.random.default_rng(0)
 
@@ -71,50 +71,118 @@ def measure_peft(arguments: argparse.Namespace, model: torch.nn.Module) -> dict[
         ids = torch.from_numpy(rng.integers(5, 30000, (count, arguments.length))).to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
-    env = PeftLoRAEnv(copy.deepcopy(model), rows(2048), rows(32))
+    env = PeftLoRAEnv(copy.deepcopy(model), rows(2048), rows(REWARD), batch=BATCH)
     env.reset(seed=0)
-    action = env.action_space.sample()
-    return {"env_step": _median(lambda: env.step(action), arguments.repeats),
-            "train_step_alone": _median(env.train_step, arguments.repeats)}
+    return env
 
 
-def _median(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 6):
-        start = time.perf_counter()
-        call()
+def against_peft(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step: ours as graphs and plainly, the plain environment, its training step; all in turn."""
+    peft = plain_env(model, arguments)
+    action = peft.action_space.sample()
+    calls = {"ours": stepper(our_env(1, model, arguments)), "peft_env": lambda: peft.step(action),
+             "peft_train_step": peft.train_step}
+    if torch.cuda.is_available():
+        calls["ours_without_graphs"] = stepper(our_env(1, model, arguments, cuda_graphs=False))
+    seconds = in_turn(calls, arguments.repeats)
+    return {**seconds, "peft_env_over_ours": seconds["peft_env"] / seconds["ours"],
+            "peft_train_step_over_ours": seconds["peft_train_step"] / seconds["ours"]}
+
+
+def copies_of_peft(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """Several plain environments in SyncVectorEnv, each with a model of its own."""
+    envs = gym.vector.SyncVectorEnv([lambda: plain_env(model, arguments) for _ in range(arguments.copies)])
+    envs.reset(seed=0)
+    actions = envs.action_space.sample()
+    seconds = median(lambda: envs.step(actions), max(3, arguments.repeats // 3))
+    envs.close()
+    return {"copies": arguments.copies, "seconds": seconds, "lane_steps_per_second": arguments.copies / seconds}
+
+
+def many_lanes(model: Any, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Ours with every number of lanes: seconds, lane-steps a second, share of the peak, memory."""
+    results = []
+    tokens = 2 * BATCH * arguments.length + REWARD * arguments.length  # forward and backward, forward
+    for lanes in arguments.lanes:
+        gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[6:]))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        step = stepper(our_env(lanes, model, arguments))
+        seconds = median(step, max(5, arguments.repeats // (1 + lanes // 8)))
+        rate = lanes / seconds
+        results.append({
+            "lanes": lanes, "seconds": seconds, "lane_steps_per_second": rate,
+            "share_of_peak": rate * tokens * flops_per_token(arguments.shape, arguments.length) / PEAK,
+            "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else float("nan"),
+        })
+        print({key: round(value, 5) for key, value in results[-1].items()}, flush=True)
+    return results
+
+
+def agents_share(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """REINFORCE (the paper's network) and the observation, beside the env step, one lane."""
+    env = our_env(1, model, arguments)
+    agent = make_agent("reinforce", env, seed=0)
+    observation = env.reset(seed=0)[0]
+    action = agent.act(observation)
+    after, reward, terminated, truncated, info = env.step(action)
+    transition = Transition(observation, action, reward, terminated, truncated, info, after)
+
+    def observe() -> torch.Tensor:
+        measure, pairs = env._measure, factor_pairs(dict(env.tuner.bank.rows), env.tuner.base.spectrum)
+        return measure.observer.observe(pairs, measure.progress, measure.extras)
+
+    def norms() -> torch.Tensor:
+        return weight_norms(factor_pairs(dict(env.tuner.bank.rows), env.tuner.base.spectrum), env.tuner.base.spectrum)
+
+    with torch.no_grad():
+        calls = {"env_step": lambda: env.step(action), "act": lambda: agent.act(observation),
+                 "update": lambda: agent.update(transition), "observation": recorded(observe), "norm": recorded(norms)}
+        seconds = in_turn(calls, arguments.repeats)
+    whole = seconds["env_step"] + seconds["act"] + seconds["update"]
+    share = (seconds["act"] + seconds["update"] + seconds["observation"]) / whole
+    return {**seconds, "agent_and_observation_share": share, "norm_share": seconds["norm"] / whole}
+
+
+def forks(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """One lane's state into all others, beside a step."""
+    env = our_env(arguments.fork_lanes, model, arguments)
+    calls = {"step": stepper(env), "fork_into_all": lambda: env.set_state(env.get_state(0))}
+    seconds = in_turn(calls, max(5, arguments.repeats // 3))
+    return {"lanes": arguments.fork_lanes, **seconds, "fork_over_step": seconds["fork_into_all"] / seconds["step"]}
+
+
+def more_matrices(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """Query and value of every layer against all six matrices of every layer."""
+    few, many = our_env(1, model, arguments), our_env(1, model, arguments, target_modules=ALL_TYPES)
+    seconds = in_turn({"few": stepper(few), "many": stepper(many)}, arguments.repeats)
+    return {"matrices_few": few.num_matrices, "matrices_many": many.num_matrices, **seconds,
+            "growth": seconds["many"] / seconds["few"]}
 
 
 def main() -> None:
-    """Measure every number of lanes, captured and plainly, and the PEFT environment."""
+    """Measure it all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="roberta-base")
+    parser.add_argument("--shape", choices=list(ENCODERS), default="roberta-base")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--fork-lanes", type=int, default=8)
+    parser.add_argument("--copies", type=int, default=4, help="plain environments in SyncVectorEnv; 0 leaves it out")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SHAPES[arguments.shape], num_labels=2)
-    model = transformers.BertForSequenceClassification(config).to(device, getattr(torch, arguments.dtype))
-    peft = measure_peft(arguments, model)
-    print("peft", {key: round(value, 5) for key, value in peft.items()}, flush=True)
-    results = []
-    for lanes in arguments.lanes:
-        for captured in ([True, False] if device == "cuda" else [False]):
-            results.append(measure(lanes, captured, arguments, model))
-            print({key: round(value, 5) for key, value in results[-1].items()}, flush=True)
-    about = {
-        "benchmark": "env_steps", "peft": peft, "lelora_env": lelora_env.__version__, "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-    }
-    print(json.dumps({**about, **vars(arguments), "results": results}))
+    model = sentence_model(arguments.shape, arguments.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    parts = {"one_lane": against_peft, "agent": agents_share, "forks": forks, "matrices": more_matrices,
+             "lanes": many_lanes}
+    if arguments.copies:
+        parts["sync_vector_env"] = copies_of_peft
+    results: dict[str, Any] = {}
+    for name, part in parts.items():
+        results[name] = part(model, arguments)
+        print(name, results[name], flush=True)
+        gc.collect()
+    report("env_steps", vars(arguments), results)
 
 
 if __name__ == "__main__":
