@@ -234,6 +234,7 @@ class Reinforce:
         self._move()
         return {**scalars, "advantage": float((advantage * weight).sum())}
 
+    @torch.enable_grad()
     def _differentiate(self) -> Tensor:
         """Put the gradient of the loss into place; returns loss, entropy, log-probability and gradient norm, (4,)."""
         distribution, weight = self._distribution(self._inputs["observation"]), self._inputs["weight"]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, models with random weights, rows of random tokens, and what is said about a run."""
+"""What the benchmarks share: timing, models with random weights, rows of random tokens, and the report of a run."""
 
 import json
 import os

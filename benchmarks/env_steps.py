@@ -41,7 +41,7 @@ from benchmarks.peft_env import PeftLoRAEnv
 from lelora_env.bank import factor_pairs
 from lelora_env.features import weight_norms
 
-ALL_TYPES = "query,key,value,out,up,down"
+ALL_TYPES = "query,key,value,output,up,down"
 BATCH, REWARD = 16, 32
 
 
@@ -114,8 +114,9 @@ def many_lanes(model: Any, arguments: argparse.Namespace) -> list[dict[str, floa
         results.append({
             "lanes": lanes, "seconds": seconds, "lane_steps_per_second": rate,
             "share_of_peak": rate * tokens * flops_per_token(arguments.shape, arguments.length) / PEAK,
-            "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else float("nan"),
         })
+        if torch.cuda.is_available():
+            results[-1]["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
         print({key: round(value, 5) for key, value in results[-1].items()}, flush=True)
     return results
 

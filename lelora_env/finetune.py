@@ -263,6 +263,7 @@ class FineTuner:
         width = max(self.batches.width(step) for step in set(self.steps.tolist()))
         self._next = clocks.tobytes(), indices, keys, width
 
+    @torch.enable_grad()
     def _step(self, width: int) -> None:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
         self.optimiser.set_masks(list(self.bank.row_masks(self._mask, self._active).values()))

@@ -1,5 +1,6 @@
 """The single environment against the contracts of Gymnasium and SB3."""
 
+import contextlib
 import copy
 import json
 import os
@@ -351,3 +352,13 @@ def test_evaluate_trains_nothing_and_scores_every_row() -> None:
     before = env.get_state()
     assert env.evaluate("eval")["improvement"] == pytest.approx(0.0, abs=0.02)
     assert all(torch.equal(v, before[k]) for k, v in env.get_state().items())
+
+
+def test_a_caller_without_gradients_trains_all_the_same() -> None:
+    found = []
+    for context in (contextlib.nullcontext(), torch.no_grad()):
+        env = gym.make("LeLoRA-v0")
+        with context:
+            env.reset(seed=0)
+            found.append(env.step(np.array([3, 0] * 24))[4]["L1"])
+    assert found[0] == found[1]
