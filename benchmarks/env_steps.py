@@ -38,7 +38,6 @@ from benchmarks.common import (
     sentence_model,
 )
 from benchmarks.peft_env import PeftLoRAEnv
-from lelora_env.bank import factor_pairs
 from lelora_env.features import weight_norms
 
 ALL_TYPES = "query,key,value,output,up,down"
@@ -131,11 +130,10 @@ def agents_share(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     transition = Transition(observation, action, reward, terminated, truncated, info, after)
 
     def observe() -> torch.Tensor:
-        measure, pairs = env._measure, factor_pairs(dict(env.tuner.bank.rows), env.tuner.base.spectrum)
-        return measure.observer.observe(pairs, measure.progress, measure.extras)
+        return env._measure.observer.observe(env._measure.grams(), env._measure.progress, env._measure.extras)
 
     def norms() -> torch.Tensor:
-        return weight_norms(factor_pairs(dict(env.tuner.bank.rows), env.tuner.base.spectrum), env.tuner.base.spectrum)
+        return weight_norms(env._measure.grams(), env.tuner.base.spectrum)
 
     with torch.no_grad():
         calls = {"env_step": lambda: env.step(action), "act": lambda: agent.act(observation),

@@ -26,7 +26,6 @@ from agents.agent import Transition
 from benchmarks.common import in_turn, median, random_rows, recorded, report
 from benchmarks.decomposition import model_of
 from benchmarks.peft_others import PeftCausalLoRA
-from lelora_env.bank import factor_pairs
 from lelora_env.features import weight_norms
 
 LENGTH, PART, PARTS = 512, 8, 8
@@ -89,12 +88,12 @@ def measure_everything(folder: Path, repeats: int) -> dict[str, float]:
     after, reward, terminated, truncated, info = env.step(action)
     transition = Transition(observation, action, reward, terminated, truncated, info, after)
     measure, spectrum = env._measure, env.tuner.base.spectrum
+    observe = measure.observer.observe
     with torch.no_grad():
-        pairs = factor_pairs(dict(env.tuner.bank.rows), spectrum)
         small = in_turn({
             "act": lambda: agent.act(observation), "update": lambda: agent.update(transition),
-            "observation": recorded(lambda: measure.observer.observe(pairs, measure.progress, measure.extras)),
-            "norm": recorded(lambda: weight_norms(pairs, spectrum)),
+            "observation": recorded(lambda: observe(measure.grams(), measure.progress, measure.extras)),
+            "norm": recorded(lambda: weight_norms(measure.grams(), spectrum)),
         }, 5, 2)
     step = median(lambda: env.step(action), max(2, repeats // 4), 1)
     whole = step + small["act"] + small["update"]

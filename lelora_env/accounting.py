@@ -112,7 +112,9 @@ class Accountant:
             **parts,
         }
         rewards = np.where(running, np.where(diverged, penalty, rewards), 0.0)
-        return Account(rewards, diverged, {key: np.nan_to_num(value, nan=np.inf) for key, value in values.items()})
+        table = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()])
+        values = dict(zip(values, np.where(np.isnan(table), np.inf, table), strict=True))
+        return Account(rewards, diverged, {**values, "diverged": diverged})
 
     def _norms(self, allocation: Allocation, outcome: Outcome) -> dict[str, np.ndarray]:
         """‖ΔW‖ of this step by chosen location, of the run so far, and the gradient's norm."""

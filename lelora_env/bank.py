@@ -282,11 +282,6 @@ def lane_bytes(spectrum: Spectrum) -> int:
     return numbers * (5 * 4 + spectrum.residual[0].element_size())
 
 
-def factor_pairs(rows: dict[str, Tensor], spectrum: Spectrum) -> list[tuple[Tensor, Tensor]]:
-    """`factors` of every shape group, in fp32: what norms and observations are computed from."""
-    return [factors(rows, group, spectrum.scale) for group in spectrum.layout.groups]
-
-
 class WeightSource:
     """Where the weights of a shape group come from; what is left of them lies in ``Spectrum.residual``.
 
@@ -378,6 +373,17 @@ class Bank:
                 factors.copy_(rows)
 
     @torch.no_grad()
+    def exact_factors(self) -> dict[str, Tensor]:
+        """The factors in fp32, whatever the model's type, per buffer (L, N, D); not to be written to."""
+        self.refresh()
+        return {
+            name: self.rows[name].detach() if gain is None
+            else self.factors[name] if self.factors[name].dtype == torch.float32
+            else self.rows[name].detach() * gain
+            for name, gain in self._gains.items()
+        }
+
+    @torch.no_grad()
     def collect(self) -> None:
         """Turn gradients by the factors into gradients by the rows, after the last backward pass of a step."""
         if SIGMA in self.rows:
@@ -429,7 +435,3 @@ class Bank:
         if HEAD in self.rows:
             masks[HEAD] = active.view(-1, 1, 1)
         return masks
-
-    def copy_rows(self) -> dict[str, Tensor]:
-        """A copy of all bank rows without the head: what an env step's change is measured against."""
-        return {name: p.detach().clone() for name, p in self.rows.items() if name != HEAD}

@@ -44,6 +44,9 @@ DEFAULT_GB = 10.0
 ABANDONED_AFTER = 3600.0
 """Seconds after which a half-made entry counts as left behind by a process that was killed."""
 
+_PIECE = 2**24
+"""Bytes that come from a GPU at a time."""
+
 _DATA, _ABOUT, _UNFINISHED = "spectrum.safetensors", "entry.json", ".unfinished-"
 
 
@@ -133,14 +136,22 @@ def entry_key(weights: Tensor, components: Sequence[int]) -> str:
     settings = [FORMAT, torch.__version__, weights.device.type, str(weights.dtype), list(weights.shape),
                 list(components)]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-        for part in pool.map(_hash, (weight.detach().cpu() for weight in weights)):
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and copying let other threads run
+        for part in pool.map(_hash, [weight.detach() for weight in weights]):
             digest.update(part)
     return digest.hexdigest()
 
 
 def _hash(weight: Tensor) -> bytes:
-    return hashlib.blake2b(weight.contiguous().view(torch.uint8).numpy(), digest_size=16).digest()  # type: ignore[arg-type]
+    """A digest of one matrix's bytes, which come to the host in pieces of pinned memory."""
+    raw, digest = weight.contiguous().view(torch.uint8).flatten(), hashlib.blake2b(digest_size=16)
+    if not raw.is_cuda:
+        digest.update(raw.cpu().numpy())
+        return digest.digest()
+    piece = torch.empty(min(_PIECE, len(raw)), dtype=torch.uint8, pin_memory=True)
+    for part in raw.split(_PIECE):
+        digest.update(piece[: len(part)].copy_(part).numpy())
+    return digest.digest()
 
 
 def load(path: Path, device: torch.device) -> Decomposition | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lelora_env.bank import ShapeGroup, Spectrum, factor_pairs
+from lelora_env.bank import Spectrum
 from lelora_env.config import EnvConfig
+from lelora_env.grams import Products
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
 
 RAW_HIGH = 1e6
@@ -55,79 +57,22 @@ def spectrum_points(matrices: list[MatrixInfo], config: EnvConfig) -> int:
     return config.spectrum
 
 
-Pairs = list[tuple[Tensor, Tensor]]
-"""Left (L, G, K, O) and right (L, G, K, I) factors of every shape group, see `lelora_env.bank.factor_pairs`."""
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b.transpose(-1, -2)
-
-
-def _square_norm(left: Tensor, right: Tensor) -> Tensor:
-    """‖leftᵀ·right‖² of factors (..., K, O) and (..., K, I)."""
-    return (_gram(left, left) * _gram(right, right)).sum((-1, -2))
-
-
-def weight_norms(pairs: Pairs, spectrum: Spectrum) -> Tensor:
+def weight_norms(products: Products, spectrum: Spectrum) -> Tensor:
     """The Frobenius norm of every current weight, exact: (L, M) fp32.
 
     ‖W‖² = ‖residual‖² + 2·⟨residual, B⟩ + ‖B‖² with the bank B = leftᵀ·right kept in factors. The only
     large operand, the residual, is read once for all lanes.
     """
-    lanes = pairs[0][0].shape[0]
-    result = torch.zeros(lanes, len(spectrum.dimensions), dtype=torch.float64, device=spectrum.scale.device)
-    for group, residual, (left, right) in zip(spectrum.layout.groups, spectrum.residual, pairs, strict=True):
+    square = spectrum.residual_norm2 + products.squares().double()
+    lanes = len(square)
+    for group, residual in zip(spectrum.layout.groups, spectrum.residual, strict=True):
+        size = (len(group.matrices), len(group.components))
+        left = products.rows[str(group.out_features)][:, group.left_rows].unflatten(1, size)  # (L, G, K, O)
+        right = products.rows[str(group.in_features)][:, group.right_rows].unflatten(1, size)
         rows = right.transpose(0, 1).to(residual.dtype).flatten(1, 2)  # (G, L·K, I)
         seen = (rows @ residual.transpose(-1, -2)).unflatten(1, (lanes, -1)).transpose(0, 1)  # (L, G, K, O)
-        cross = (seen * left).sum((-1, -2))
-        own = _square_norm(left, right)
-        result[:, group.index] = spectrum.residual_norm2[group.index] + (2 * cross + own).double()
-    return result.clamp_min(0).sqrt().float()
-
-
-def change_norms(pairs: Pairs, before: Pairs, spectrum: Spectrum) -> Tensor:
-    """‖W - W_before‖_F of every matrix, (L, M) fp32.
-
-    Written with differences of factors, ΔB = δleftᵀ·right + left₀ᵀ·δright, so that small changes
-    keep their precision.
-
-    Args:
-        pairs: Current factors.
-        before: Factors to compare with, with or without lanes in front.
-        spectrum: The shared decomposition.
-    """
-    lanes = pairs[0][0].shape[0]
-    columns = torch.zeros(lanes, len(spectrum.dimensions), device=spectrum.scale.device)
-    for group, (left, right), (left0, right0) in zip(spectrum.layout.groups, pairs, before, strict=True):
-        both_left = torch.cat([left - left0, left0.expand_as(left)], dim=-2)  # (L, G, 2K, O)
-        both_right = torch.cat([right, right - right0], dim=-2)
-        columns[:, group.index] = _square_norm(both_left, both_right).clamp_min(0)
-    return columns.sqrt()
-
-
-def component_values(
-    pair: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], spectrum: Spectrum, group: ShapeGroup
-) -> Tensor:
-    """Current singular values of a group's bank, (L, G, K).
-
-    ``usv`` and ``sqrt``: |σ|·‖u‖·‖v‖ of the trained component. ``unit``: |u₀ᵀ W v₀|, the share of
-    the current weight along the pretrained component.
-
-    Args:
-        pair: The group's current factors.
-        start: Its pretrained factors, (G, K, ·).
-        spectrum: The shared decomposition.
-        group: The shape group.
-    """
-    left, right = pair
-    if spectrum.parametrisation != "unit":
-        norms: Tensor = left.norm(dim=-1) * right.norm(dim=-1)
-        return norms
-    scale = spectrum.scale[group.index].unsqueeze(-1)
-    rest = spectrum.singular_values[group.index][:, group.bank] - scale  # (G, K)
-    seen_left = _gram(start[0], left) / scale.unsqueeze(-1)  # u₀ᵀ·left of every two components
-    values: Tensor = (rest + (seen_left * _gram(start[1], right)).sum(-1)).abs()
-    return values
+        square[:, group.index] += 2 * (seen * left).sum((-1, -2))
+    return square.clamp_min(0).sqrt().float()
 
 
 class Observer:
@@ -137,7 +82,7 @@ class Observer:
         """Prepare the constant columns and the resampling grid."""
         self.spectrum = spectrum
         self.config = config
-        self.start = factor_pairs(spectrum.reference, spectrum)
+        self._place_components()
         points = spectrum_points(matrices, config)
         self.table = feature_table(matrices, config, points)
         device = spectrum.scale.device
@@ -158,25 +103,44 @@ class Observer:
         self.low = torch.tensor([f.low for f in self.table], device=device)
         self.high = torch.tensor([f.high for f in self.table], device=device)
 
-    def current_spectrum(self, pairs: Pairs) -> Tensor:
-        """All singular values with the bank's current ones in place: (L, M, m_max)."""
-        values = self.spectrum.singular_values.expand(pairs[0][0].shape[0], -1, -1).clone()
-        for group, pair, start in zip(self.spectrum.layout.groups, pairs, self.start, strict=True):
-            current = component_values(pair, start, self.spectrum, group)
-            values[:, group.index.unsqueeze(1), group.bank.unsqueeze(0)] = current
-        return values
+    def _place_components(self) -> None:
+        """Where in the spectrum each bank slot belongs, and what of σ lies in the residual in ``unit``."""
+        spectrum = self.spectrum
+        largest = max(len(group.components) for group in spectrum.layout.groups)
+        empty = spectrum.singular_values.shape[1]
+        self.slots = torch.full((len(spectrum.dimensions), largest), empty, device=spectrum.scale.device)  # (M, K)
+        for group in spectrum.layout.groups:
+            self.slots[group.index, : len(group.components)] = group.bank
+        self.scale = spectrum.scale.unsqueeze(1)  # (M, 1)
+        self.rest = pad(spectrum.singular_values, (0, 1)).gather(1, self.slots) - self.scale
 
-    def observe(self, pairs: Pairs, progress: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    def current_spectrum(self, products: Products) -> Tensor:
+        """All singular values with the bank's current ones in place: (L, M, m_max).
+
+        Of a component: |σ|·‖u‖·‖v‖ in ``usv`` and ``sqrt``; in ``unit`` |u₀ᵀ W v₀|, the share of the current
+        weight along the pretrained component.
+        """
+        spectrum = self.spectrum
+        if spectrum.parametrisation == "unit":
+            current = (self.rest + products.seen_from_start() / self.scale).abs()
+        else:
+            current = products.values()
+        lanes, largest = len(current), spectrum.singular_values.shape[1]
+        values = pad(spectrum.singular_values, (0, 1)).expand(lanes, -1, -1).clone()  # one place for empty slots
+        values.scatter_(2, self.slots.expand(lanes, -1, -1), current)
+        return values[..., :largest]
+
+    def observe(self, products: Products, progress: Tensor, extras: dict[str, Tensor]) -> Tensor:
         """The observation of every lane, (L, M, F) fp32, finite and inside the declared bounds.
 
         Args:
-            pairs: Current factors of the bank.
+            products: Inner products of the bank as it is now.
             progress: (L,) share of the budget spent, in [0, 1].
             extras: (L, M) raw values of the optional columns ``grad_norm`` and ``update_norm``.
         """
-        norm = weight_norms(pairs, self.spectrum)  # (L, M)
+        norm = weight_norms(products, self.spectrum)  # (L, M)
         lanes = norm.shape[0]
-        values = self.current_spectrum(pairs)
+        values = self.current_spectrum(products)
         below = values.gather(2, self.below.expand(lanes, -1, -1))  # (L, M, S)
         above = values.gather(2, self.above.expand(lanes, -1, -1))
         if self.config.raw_observation:

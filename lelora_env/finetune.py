@@ -89,6 +89,7 @@ class FineTuner:
         self.steps = np.zeros(lanes, dtype=np.int64)
         self.active = np.ones(lanes, dtype=bool)
         self._reward_rows = self._trimmed(self.splits.reward)
+        self._reward_full = bool((row_lengths(self._reward_rows) == _width(self._reward_rows)).all())
         self._allocate_inputs()
         self.looped = self.lanes > 1 and not self._lanes_can_share()
         if self.looped and config.activation_checkpointing:
@@ -235,7 +236,7 @@ class FineTuner:
 
         def try_rows(rows: int) -> None:
             batch = self.batches.gather(self._indices[:, :1].expand(-1, rows).clamp_min(0), width)
-            _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
+            _backward(self.task.loss(self.forward(batch.rows, self.batches.full), batch.rows)[0].sum())
 
         return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
@@ -273,7 +274,7 @@ class FineTuner:
             batch = self.batches.gather(indices, width)
             keys = None if self._dropout_keys is None else self._dropout_keys[part]
             with self.lane_model.context.using(dropout_keys=keys):
-                row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
+                row_total, row_weight = self.task.loss(self.forward(batch.rows, self.batches.full), batch.rows)
                 lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
                 _backward(lane_total.sum())
             total += lane_total.detach()
@@ -312,18 +313,31 @@ class FineTuner:
 
     # ------------------------------------------------------------------ forward passes
 
-    def forward(self, rows: Rows) -> Tensor:
-        """The model's output for lane-major rows, (L·B, ...)."""
+    def forward(self, rows: Rows, full: bool = False) -> Tensor:
+        """The model's output for lane-major rows, (L·B, ...).
+
+        Args:
+            rows: Columns of L·B rows.
+            full: Says that no row is padded. The attention mask is then left out where the model can do without:
+                the same attention by a faster kernel. It is a property of the data set and never looked up in a
+                batch, so recorded and plain steps take the same way.
+        """
         self.bank.refresh()
+        rows = self._model_rows(rows, full)
         if not self.looped:
             return self._call(rows)
         size = len(next(iter(rows.values()))) // self.lanes
         parts = [{k: v[lane * size : (lane + 1) * size] for k, v in rows.items()} for lane in range(self.lanes)]
         return torch.cat([self._call_lane(lane, part) for lane, part in enumerate(parts)])
 
-    def _forward_lane(self, lane: int, rows: Rows) -> Tensor:
+    def _forward_lane(self, lane: int, rows: Rows, full: bool) -> Tensor:
         self.bank.refresh()
-        return self._call_lane(lane, rows)
+        return self._call_lane(lane, self._model_rows(rows, full))
+
+    def _model_rows(self, rows: Rows, full: bool) -> Rows:
+        if full and getattr(self.base.model, "config", None) is not None:  # a transformers model
+            return {name: column for name, column in rows.items() if name != "attention_mask"}
+        return rows
 
     def _call_lane(self, lane: int, rows: Rows) -> Tensor:
         context = self.lane_model.context
@@ -347,11 +361,11 @@ class FineTuner:
         """
         lanes = self.lanes if lane is None else 1
         total, weight = torch.zeros(2, lanes, device=self.device)
-        size = self._rows_at_once(self._reward_rows, lanes)
+        size, full = self._rows_at_once(self._reward_rows, lanes), self._reward_full
         for start in range(0, len(next(iter(self._reward_rows.values()))), size):
             part = {k: v[start : start + size] for k, v in self._reward_rows.items()}
             rows = self._in_every_lane(part) if lane is None else part
-            output = self.forward(rows) if lane is None else self._forward_lane(lane, rows)
+            output = self.forward(rows, full) if lane is None else self._forward_lane(lane, rows, full)
             row_total, row_weight = self.task.loss(output, rows)
             total += row_total.view(lanes, -1).sum(1)
             weight += row_weight.view(lanes, -1).sum(1)

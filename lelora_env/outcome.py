@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.bank import factor_pairs
 from lelora_env.capture import Captured
-from lelora_env.features import Observer, change_norms
+from lelora_env.features import Observer
 from lelora_env.finetune import FineTuner
+from lelora_env.grams import RUN, STEP, Grams
 from lelora_env.memory import within_memory
 
 
@@ -56,7 +56,7 @@ class Measurement:
         self.tuner, self.observer = tuner, observer
         self.shape = lanes, matrices = tuner.lanes, len(tuner.base.matrices)
         device = tuner.device
-        self.before = tuner.bank.copy_rows()
+        self.grams = Grams(tuner.bank)
         self.progress = torch.zeros(lanes, device=device)
         self.ran = torch.zeros(lanes, 1, dtype=torch.bool, device=device)
         self.extras = {name: torch.zeros(lanes, matrices, device=device) for name in ("grad_norm", "update_norm")}
@@ -66,8 +66,7 @@ class Measurement:
 
     def begin(self) -> None:
         """Remember the bank as it is before an env step."""
-        for name, rows in self.before.items():
-            rows.copy_(self.tuner.bank.rows[name].detach())
+        self.grams.begin()
 
     def __call__(self, progress: np.ndarray, ran: np.ndarray) -> Outcome:
         """Measure.
@@ -107,25 +106,22 @@ class Measurement:
     def observe(self, progress: np.ndarray) -> np.ndarray:
         """The observation alone, (L, M, F)."""
         self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
-        pairs = factor_pairs(dict(self.tuner.bank.rows), self.tuner.base.spectrum)
-        return self.observer.observe(pairs, self.progress, self.extras).cpu().numpy()
+        return self.observer.observe(self.grams(), self.progress, self.extras).cpu().numpy()
 
     @torch.no_grad()
     def _measure(self) -> Tensor:
         """Everything that `fetch` takes apart, as one flat tensor."""
-        tuner, spectrum = self.tuner, self.tuner.base.spectrum
-        rows: dict[str, Tensor] = dict(tuner.bank.rows)
+        tuner = self.tuner
         losses = tuner.reward_loss()
         train_loss = tuner.losses / tuner.config.steps_per_action
-        sums = [p.detach().flatten(1).sum(1) for p in rows.values()]  # finite only if every number is
+        sums = [p.detach().flatten(1).sum(1) for p in tuner.bank.rows.values()]  # finite only if every number is
         finite = torch.stack([*sums, losses, train_loss]).isfinite().all(0)
-        pairs = factor_pairs(rows, spectrum)
-        update = change_norms(pairs, factor_pairs(self.before, spectrum), spectrum)
-        total = change_norms(pairs, self.observer.start, spectrum)
+        products = self.grams()
+        update, total = products.change(STEP), products.change(RUN)
         if self._wants_extras:
             for name, value in (("update_norm", update), ("grad_norm", tuner.matrix_grad_norms())):
                 self.extras[name].copy_(torch.where(self.ran, value, self.extras[name]))
-        observation = self.observer.observe(pairs, self.progress, self.extras)
+        observation = self.observer.observe(products, self.progress, self.extras)
         lane = torch.stack([losses, finite.float(), train_loss, tuner.grad_norm, tuner.learning_rate])
         return torch.cat([part.flatten() for part in (lane, update, total, observation)])
 

@@ -279,7 +279,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     @staticmethod
     def _add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
         """Add an info in Gymnasium's form: blank where the mask is off, absent where it is off everywhere."""
-        if mask.any():
+        if mask.all():
+            infos[key], infos[f"_{key}"] = np.array(values), mask.copy()
+        elif mask.any():
             blank = np.full_like(values, None) if values.dtype == object else np.zeros_like(values)
             infos[key], infos[f"_{key}"] = np.where(mask, values, blank), mask.copy()
 

@@ -1,0 +1,114 @@
+"""Norms, changes and current singular values from inner products, against dense matrices."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lelora_env import LeLoRAVectorEnv
+from lelora_env.tasks.dataset import DatasetTask
+from tests.families import tiny_model
+from tests.helpers import TokenTask, dense_weights, make_lanes, two_layer
+
+
+def numbers_task(inputs: int, outputs: int) -> DatasetTask:
+    """Rows of random numbers for a plain module."""
+    rng = np.random.default_rng(0)
+    rows = [{"input": rng.normal(size=inputs).tolist(), "label": int(rng.integers(outputs))} for _ in range(64)]
+
+    def collate(part: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {"input": torch.tensor([row["input"] for row in part]),
+                "labels": torch.tensor([row["label"] for row in part])}
+
+    def loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"), torch.ones(len(logits))
+
+    return DatasetTask(rows, collate, eval=rows[:8], head="none", inputs=("input",), loss=loss, metric="zero",
+                       predict=lambda logits, batch: logits, score=lambda predictions, rows: {"zero": 0.0})
+
+
+@pytest.mark.parametrize("parametrisation", ["usv", "sqrt", "unit"])
+def test_matrices_with_banks_of_different_sizes(parametrisation: str) -> None:
+    """24x16 has m = 16 and a bank of 12 components; 8x24 has m = 8, where the windows overlap."""
+    env = make_lanes(3, model=two_layer(), task=numbers_task(16, 8), rank_set=(0, 2, 4), target_modules=("0", "2"),
+                     parametrisation=parametrisation, reward_size=8, tune_size=0, batch_size=4, horizon=10,
+                     raw_observation=True, spectrum="full", learning_rate=0.05, extra_features=("update_norm",))
+    assert {len(group.components) for group in env.source.base("none", 8, env.adapter_config, env.env_config)
+            .spectrum.layout.groups} == {12, 8}
+    env.reset(seed=0)
+    start = [dense_weights(env, lane) for lane in range(3)]
+    for turn in range(3):
+        before = [dense_weights(env, lane) for lane in range(3)]
+        actions = np.array([[2, 0, 1, 2], [1, 1, 2, 0], [0, 0, 2, 1]])
+        observation, *_, infos = env.step(actions)
+        for lane in range(3):
+            now = dense_weights(env, lane)
+            for m in range(2):
+                assert observation[lane, m, 2] == pytest.approx(np.linalg.norm(now[m]), rel=1e-5)
+                moved = np.linalg.norm(now[m] - before[lane][m])
+                assert observation[lane, m, -1] == pytest.approx(moved, rel=1e-3, abs=1e-6)
+            total = np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in zip(now, start[lane], strict=True)))
+            assert infos["delta_norm"][lane] == pytest.approx(total, rel=1e-3)
+        assert turn or np.abs(observation[0, 0, -1]) > 0
+
+
+def test_small_changes_keep_their_precision() -> None:
+    env = make_lanes(1, learning_rate=1e-6, warmup=0.0, raw_observation=True, extra_features=("update_norm",))
+    env.reset(seed=0)
+    before = dense_weights(env, 0)
+    observation = env.step(np.tile([3, 0], (1, 24)))[0]
+    after = dense_weights(env, 0)
+    exact = [np.linalg.norm(a - b) for a, b in zip(after, before, strict=True)]
+    assert max(exact) < 1e-4 * np.linalg.norm(before[0])
+    np.testing.assert_allclose(observation[0, :, -1], exact, rtol=2e-2)
+
+
+def watch(env: LeLoRAVectorEnv, seen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note of every call of the model whether it got a mask."""
+    call = env.tuner._call
+
+    def watched(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append("attention_mask" in rows)
+        return call(rows)
+
+    monkeypatch.setattr(env.tuner, "_call", watched)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "opt", "mpnet", "distilbert"])
+def test_rows_without_padding_need_no_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving out a mask of ones changes nothing but the kernel."""
+
+    class Full(TokenTask):
+        def _draw(self, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
+            rows = super()._draw(rng, count)
+            ids = torch.from_numpy(rng.integers(5, 60, size=(count, self.length)))
+            return {**rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    found = []
+    seen: list[bool] = []
+    for optional in (True, False):
+        model = tiny_model(family, num_labels=3)
+        model.config.pad_token_id = 1
+        env = make_lanes(2, model=model, task=Full(), rank_set=(0, 2), reward_size=8, tune_size=0, batch_size=4,
+                         horizon=5, target_modules="all-linear")
+        env._build()
+        watch(env, seen, monkeypatch)
+        if not optional:
+            monkeypatch.setattr(env.tuner, "_model_rows", lambda rows, full: rows)
+        env.reset(seed=0)
+        found.append([env.step(np.ones_like(env.action_space.sample()))[4]["L1"] for _ in range(4)])
+        assert set(seen) == {not optional}
+        seen.clear()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
+def test_padded_rows_keep_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_lanes(1, model=tiny_model("bert", num_labels=3), task=TokenTask(), rank_set=(0, 2), reward_size=8,
+                     tune_size=0, batch_size=4, horizon=5)
+    env._build()
+    seen: list[bool] = []
+    watch(env, seen, monkeypatch)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    assert set(seen) == {True}
