@@ -30,11 +30,14 @@ class LaneContext:
             a time (models that mix rows across the batch dimension need that).
         dropout_keys: (L,) int64 keys of this forward's dropout masks; ``None`` = no dropout.
         leading: When set, adapted layers note the first dimension of each of their inputs here.
+        side: A stream for the gradients of the bank, which nothing waits for but the optimiser: in small
+            models they run beside the backward pass instead of in between. `join` waits for it.
     """
 
     lane: int | None = None
     dropout_keys: Tensor | None = None
     leading: dict[str, list[int]] | None = None
+    side: torch.cuda.Stream | None = None
     _anchor: Tensor | None = None
 
     def anchor(self, device: torch.device) -> Tensor:
@@ -52,6 +55,11 @@ class LaneContext:
             yield
         finally:
             self.lane, self.dropout_keys = before
+
+    def join(self) -> None:
+        """Let the current stream wait for the gradients of the bank."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     def pick(self, lanes: Tensor) -> Tensor:
         """All lanes, or the one that is running."""
@@ -109,7 +117,7 @@ class SpectralLinear(nn.Module):
             gradients = tuple(self.context.pick(gradient) for gradient in self.gradients)
             anchor = self.context.anchor(x.device)
             y = _SpectralProduct.apply(  # type: ignore[no-untyped-call]
-                lanes, anchor, self.residual, self.bias, left, right, gradients)
+                lanes, anchor, self.residual, self.bias, left, right, gradients, self.context.side)
         else:
             y, _ = _product(lanes, self.residual, self.bias, left, right)
         return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
@@ -135,25 +143,39 @@ class _SpectralProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
-        gradients: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor], side: torch.cuda.Stream | None,
     ) -> Tensor:
         y, inner = _product(x, residual, bias, left, right)
         ctx.save_for_backward(x, inner)
-        ctx.constants = residual, left, right, gradients  # static buffers of model and bank: nothing to keep alive
+        ctx.constants = residual, left, right, gradients, side  # static buffers of model and bank: nothing to keep alive
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, inner = ctx.saved_tensors
-        residual, left, right, (left_grad, right_grad) = ctx.constants
+        residual, left, right, (left_grad, right_grad), side = ctx.constants
         dy = dy.view(*x.shape[:2], -1)  # (L, R, O)
         d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
-        _add_product(left_grad, inner, dy)
-        _add_product(right_grad, d_inner, x)
+        with _beside(side, x, inner, dy, d_inner):
+            _add_product(left_grad, inner, dy)
+            _add_product(right_grad, d_inner, x)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.matmul(dy, residual).baddbmm_(d_inner, right)
-        return dx, *[None] * 6
+        return dx, *[None] * 7
+
+
+@contextlib.contextmanager
+def _beside(side: torch.cuda.Stream | None, *inputs: Tensor) -> Iterator[None]:
+    """Run on `side`, after all that was started so far; the inputs' memory is kept until that is done."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    for tensor in inputs:
+        tensor.record_stream(side)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -146,11 +146,11 @@ def _hash(weight: Tensor) -> bytes:
     """A digest of one matrix's bytes, which come to the host in pieces of pinned memory."""
     raw, digest = weight.contiguous().view(torch.uint8).flatten(), hashlib.blake2b(digest_size=16)
     if not raw.is_cuda:
-        digest.update(raw.cpu().numpy())
+        digest.update(raw.cpu().numpy().data)
         return digest.digest()
     piece = torch.empty(min(_PIECE, len(raw)), dtype=torch.uint8, pin_memory=True)
     for part in raw.split(_PIECE):
-        digest.update(piece[: len(part)].copy_(part).numpy())
+        digest.update(piece[: len(part)].copy_(part).numpy().data)
     return digest.digest()
 
 

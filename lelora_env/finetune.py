@@ -24,6 +24,9 @@ from lelora_env.models import Base
 from lelora_env.optim import MaskedAdamW, linear_schedule
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 
+SMALL_PASS = 2**28
+"""Bytes of a pass's inputs and outputs of adapted layers up to which the bank's gradients run beside it."""
+
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
 
@@ -151,6 +154,7 @@ class FineTuner:
         self._next: tuple[bytes, np.ndarray, Tensor, int] = (b"", np.zeros(0), torch.zeros(0), 0)
         self._train_step: dict[int, Captured[None]] = {}
         self.pool = shared_pool() if self.captures else None
+        self._side = torch.cuda.Stream() if self.captures else None
 
     def _to_device(self, rows: Rows) -> Rows:
         return {name: column.to(self.device) for name, column in rows.items()}
@@ -240,6 +244,12 @@ class FineTuner:
 
         return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
+    def _is_small(self, width: int) -> bool:
+        """Whether the adapted layers' inputs and outputs of a training pass are few enough to be held till its end."""
+        rows = self.lanes * self.config.batch_size // self.config.accumulate
+        numbers = sum(m.out_features + m.in_features for m in self.base.matrices)
+        return 2 * rows * max(1, width) * numbers <= SMALL_PASS
+
     def _load_step(self) -> int:
         """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
         self.prefetch()
@@ -269,6 +279,7 @@ class FineTuner:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
         self.optimiser.set_masks(list(self.bank.row_masks(self._mask, self._active).values()))
         self.bank.zero_grad()
+        self.lane_model.context.side = self._side if self._is_small(width) else None
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
@@ -279,6 +290,7 @@ class FineTuner:
                 _backward(lane_total.sum())
             total += lane_total.detach()
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
+        self.lane_model.context.join()
         self.bank.collect()
         self.weight.copy_(weight.clamp_min(1e-30))
         self.losses.add_(total / self.weight)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lelora_env import fused
 from lelora_env.errors import LeLoRAError
 
 
@@ -55,8 +56,8 @@ def lane_grad_norm(
     """
     norms = []
     for gradient, mask in zip(gradients, masks or [None] * len(gradients), strict=True):
-        active = gradient if mask is None else torch.where(mask, gradient, 0.0)
-        rows = torch.linalg.vector_norm(active, dim=2, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        rows = torch.linalg.vector_norm(gradient, dim=2, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        rows = rows if mask is None else torch.where(mask.squeeze(2), rows, 0.0)
         norms.append(torch.linalg.vector_norm(rows, dim=1).to(gradients[0].device))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)  # (L,), the same bits for any L
     return total if scale is None else total * scale.abs()
@@ -194,10 +195,14 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _update(self, param: Tensor, reference: Tensor | None, group: dict[str, Any]) -> None:
         theta, state = _rows(param), self.state[param]
+        rates, gradients = group["lr"], _rows(cast(Tensor, param.grad))
+        if isinstance(rates, Tensor) and rates.ndim and fused.usable(theta, gradients, reference, rates, self._factor):
+            fused.update(theta, gradients, state, reference, rates, self._factor, group)
+            return
         beta1, beta2 = group["betas"]
         rate, mask, counter = _per_lane(group["lr"]), state["mask"], state["step"]
         factor = self._factor.view(-1, 1, 1).to(theta.device, theta.dtype)
-        gradient = _rows(cast(Tensor, param.grad)) * factor  # (L, N, D)
+        gradient = gradients * factor  # (L, N, D)
         first = state["exp_avg"].lerp(gradient, 1 - beta1)
         second = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         count = counter + 1  # (L, N, 1)

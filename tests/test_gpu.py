@@ -1,12 +1,18 @@
 """On a GPU: captured steps give the numbers of plain ones and of the CPU."""
 
+import contextlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from agents import Transition, make_agent, run
+from lelora_env import fused
+from lelora_env.errors import MemoryLimitError
+from lelora_env.optim import MaskedAdamW
 from tests.families import FAMILIES, tiny_model
 from tests.helpers import TokenTask, make_lanes
 
@@ -79,3 +85,110 @@ def test_a_bf16_model_keeps_an_fp32_bank() -> None:
         assert env.tuner.base.spectrum.residual[0].dtype == dtype
         assert all(rows.dtype == torch.float32 for rows in env.tuner.bank.rows.values())
     assert 0 < worst(found[torch.float32], found[torch.bfloat16]) < 5e-3
+
+
+@pytest.mark.parametrize(("decay", "reference"), [(0.0, None), (0.1, "shared"), (0.1, "own"), (0.1, None)])
+def test_the_fused_update_is_the_plain_one(decay: float, reference: str | None) -> None:
+    """Every number of every row against the same optimiser in float64 on the CPU; masked rows bit for bit."""
+    shape = (3, 5, 2500)
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, generator=generator) for _ in range(9))
+    masks = [torch.rand(shape[:2], generator=generator) < 0.5 for _ in gradients]
+    anchor = {None: None, "shared": torch.randn(shape[1:], generator=generator),
+              "own": torch.randn(shape, generator=generator)}[reference]
+    found = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        param = torch.nn.Parameter(start.to(device, dtype).clone())
+        rate = torch.tensor([1e-2, 3e-3, 0.0], device=device, dtype=dtype)
+        origin = None if anchor is None else anchor.to(device, dtype)
+        optimiser = MaskedAdamW([{"params": [param], "lr": rate, "reference": origin}], weight_decay=decay)
+        for gradient, mask in zip(gradients, masks, strict=True):
+            before = {**optimiser.state[param], "value": param.detach()}
+            kept = {name: value.clone() for name, value in before.items()}
+            param.grad = gradient.to(device, dtype)
+            optimiser.set_masks([mask.to(device)])
+            optimiser.clip_lanes(10.0)
+            optimiser.step()
+            for name, value in before.items():
+                assert torch.equal(value[~mask], kept[name][~mask]) or name == "mask", name
+        assert fused.usable(param.detach()) == (device == "cuda")
+        found.append({name: value.double().cpu() for name, value in before.items()})
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value.numpy(), found[1][name].numpy(), rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_states_move_between_lanes_on_a_gpu() -> None:
+    env = make_lanes(3, device="cuda", horizon=10)
+    env.reset(seed=1)
+    env.step(np.full((3, 48), 2))
+    env.set_state(env.get_state(0))
+    states = [env.get_state(lane) for lane in range(3)]
+    assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+    infos = env.step(np.full((3, 48), 2))[4]
+    assert infos["L1"][0] == infos["L1"][1] == infos["L1"][2]
+
+
+def test_out_of_memory_names_what_would_fit() -> None:
+    model = tiny_model("bert", num_labels=3).to("cuda")
+    env = make_lanes(2, model=model, task=TokenTask(), **{**TINY, "batch_size": 40, "horizon": 3, "cuda_graphs": False})
+    env.reset(seed=0)
+    before = env.get_state(0)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    taken: list[torch.Tensor] = []
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                taken.append(torch.empty(2**18, device="cuda"))
+        with pytest.raises(MemoryLimitError, match=r"2 lanes x 40 rows x \d+ tokens does not fit"):
+            env.step(np.tile([2, 0], (2, env.num_matrices)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        taken.clear()
+    assert all(torch.equal(value, before[key]) for key, value in env.get_state(0).items())
+
+
+def test_decompositions_from_the_cache_have_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LELORA_CACHE", str(tmp_path))
+    monkeypatch.setattr("lelora_env.cache.SMALLEST_WORK", 0.0)
+    states = []
+    for _ in range(2):
+        env = make_lanes(1, device="cuda")
+        env.reset(seed=0)
+        states.append(env.get_state(0))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_the_agents_graphs_learn_what_the_cpu_learns() -> None:
+    """The same noise and rewards: recorded acting and learning follow the CPU's for a while, then round apart."""
+    curves = []
+    for device in ("cuda", "cpu"):
+        env = make_lanes(2, device="cpu", horizon=30)
+        agent = make_agent("reinforce", env, seed=0, device=device)
+        curves.append([reward.tolist() for reward in run(env, agent, env_steps=12, seed=0).rewards])
+        if device == "cuda":
+            assert agent._choose.graph is not None  # type: ignore[attr-defined]
+            assert agent._move.graph is not None  # type: ignore[attr-defined]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+
+
+def test_an_agents_state_continues_on_a_gpu() -> None:
+    env = make_lanes(2, device="cpu", horizon=30)
+    observation = env.reset(seed=0)[0]
+
+    def go(agent: Any, steps: int) -> list[list[int]]:
+        actions = []
+        for step in range(steps):
+            actions.append(agent.act(observation).tolist())
+            agent.update(Transition(observation, np.array(actions[-1]), np.array([step, -step], dtype=float),
+                                    np.zeros(2, bool), np.zeros(2, bool), {}, observation))
+        return actions
+
+    agent, other = (make_agent("reinforce", env, seed=seed, device="cuda") for seed in (0, 1))
+    go(agent, 3)
+    state = agent.state_dict()
+    go(other, 2)
+    other.load_state_dict(state)
+    assert go(other, 4) == go(agent, 4)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("config", "keys", "reward", "capture", "reference", "loading", "memory"),
+    ("config", "keys", "reward", "capture", "reference", "loading", "memory", "fused"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
     ("cache", "arguments"),
