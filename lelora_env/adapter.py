@@ -147,7 +147,7 @@ class _SpectralProduct(torch.autograd.Function):
     ) -> Tensor:
         y, inner = _product(x, residual, bias, left, right)
         ctx.save_for_backward(x, inner)
-        ctx.constants = residual, left, right, gradients, side  # static buffers of model and bank: nothing to keep alive
+        ctx.constants = residual, left, right, gradients, side  # static tensors of model and bank
         return y
 
     @staticmethod
