@@ -13,6 +13,7 @@ The last line of the output is one JSON document.
 import argparse
 import gc
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def our_env(folder: Path, batch: int, parts: int, **options: Any) -> lelora_env.
     env = gym.make_vec("LeLoRA-v0", num_envs=1, vectorization_mode="vector_entry_point", model=str(folder),
                        task=random_rows(512, LENGTH, causal=True), batch_size=batch, accumulate=parts, reward_size=32,
                        tune_size=0, horizon=1000, parametrisation="unit", rank_set=(0, 8, 16, 32), dtype="bfloat16",
-                       target_modules="query,key,value,up,down", **options)
+                       target_modules="query,key,value,up,down", tokenizer=types.SimpleNamespace(), **options)
     env.reset(seed=0)
     return env  # type: ignore[return-value]
 

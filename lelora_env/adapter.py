@@ -21,6 +21,43 @@ LONGEST_ROW = 1 << 16
 """More tokens than a row can have: keeps the dropout of different rows apart."""
 
 
+@dataclass(frozen=True)
+class SideStreams:
+    """Two streams beside the one that a pass runs on. Where kernels are small, what need not wait should not.
+
+    Attributes:
+        inner: For products with K columns, which the pass waits for a little later.
+        gradients: For the bank's gradients, which nothing waits for but the optimiser (see `join`).
+    """
+
+    inner: torch.cuda.Stream
+    gradients: torch.cuda.Stream
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run on `inner`, after all that was started so far."""
+        self.inner.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.inner):
+            yield
+
+    def wait(self) -> None:
+        """Let the current stream wait for `inner`."""
+        torch.cuda.current_stream().wait_stream(self.inner)
+
+    @contextlib.contextmanager
+    def apart(self, *inputs: Tensor) -> Iterator[None]:
+        """Run on `gradients`, after all that was started so far; the inputs' memory is kept until that is done."""
+        self.gradients.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.gradients):
+            yield
+        for tensor in inputs:
+            tensor.record_stream(self.gradients)
+
+    def join(self) -> None:
+        """Let the current stream wait for the gradients."""
+        torch.cuda.current_stream().wait_stream(self.gradients)
+
+
 @dataclass
 class LaneContext:
     """What all lane layers of one model share.
@@ -30,14 +67,13 @@ class LaneContext:
             a time (models that mix rows across the batch dimension need that).
         dropout_keys: (L,) int64 keys of this forward's dropout masks; ``None`` = no dropout.
         leading: When set, adapted layers note the first dimension of each of their inputs here.
-        side: A stream for the gradients of the bank, which nothing waits for but the optimiser: in small
-            models they run beside the backward pass instead of in between. `join` waits for it.
+        side: Streams for the bank's part of small passes, which then runs beside the model's own.
     """
 
     lane: int | None = None
     dropout_keys: Tensor | None = None
     leading: dict[str, list[int]] | None = None
-    side: torch.cuda.Stream | None = None
+    side: "SideStreams | None" = None
     _anchor: Tensor | None = None
 
     def anchor(self, device: torch.device) -> Tensor:
@@ -55,11 +91,6 @@ class LaneContext:
             yield
         finally:
             self.lane, self.dropout_keys = before
-
-    def join(self) -> None:
-        """Let the current stream wait for the gradients of the bank."""
-        if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
 
     def pick(self, lanes: Tensor) -> Tensor:
         """All lanes, or the one that is running."""
@@ -119,16 +150,19 @@ class SpectralLinear(nn.Module):
             y = _SpectralProduct.apply(  # type: ignore[no-untyped-call]
                 lanes, anchor, self.residual, self.bias, left, right, gradients, self.context.side)
         else:
-            y, _ = _product(lanes, self.residual, self.bias, left, right)
+            y, _ = _product(lanes, self.residual, self.bias, left, right, self.context.side)
         return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def _product(
-    x: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+    x: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, side: SideStreams | None
 ) -> tuple[Tensor, Tensor]:
     """x·(residual + leftᵀ·right)ᵀ + bias for x (L, R, I): the product (L·R, O), and x·rightᵀ (L, R, K)."""
+    with side.beside() if side else contextlib.nullcontext():
+        inner = torch.bmm(x, right.transpose(1, 2))
     y = nn.functional.linear(x.flatten(0, 1), residual, bias)
-    inner = torch.bmm(x, right.transpose(1, 2))
+    if side:
+        side.wait()
     y.view(*x.shape[:2], -1).baddbmm_(inner, left)
     return y, inner
 
@@ -143,9 +177,9 @@ class _SpectralProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
-        gradients: tuple[Tensor, Tensor], side: torch.cuda.Stream | None,
+        gradients: tuple[Tensor, Tensor], side: SideStreams | None,
     ) -> Tensor:
-        y, inner = _product(x, residual, bias, left, right)
+        y, inner = _product(x, residual, bias, left, right, side)
         ctx.save_for_backward(x, inner)
         ctx.constants = residual, left, right, gradients, side  # static tensors of model and bank
         return y
@@ -155,27 +189,19 @@ class _SpectralProduct(torch.autograd.Function):
         x, inner = ctx.saved_tensors
         residual, left, right, (left_grad, right_grad), side = ctx.constants
         dy = dy.view(*x.shape[:2], -1)  # (L, R, O)
-        d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
-        with _beside(side, x, inner, dy, d_inner):
+        dx = None
+        with side.beside() if side else contextlib.nullcontext():
+            d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(dy, residual)
+        if side:
+            side.wait()
+        with side.apart(x, inner, dy, d_inner) if side else contextlib.nullcontext():
             _add_product(left_grad, inner, dy)
             _add_product(right_grad, d_inner, x)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.matmul(dy, residual).baddbmm_(d_inner, right)
+        if dx is not None:
+            dx.baddbmm_(d_inner, right)
         return dx, *[None] * 7
-
-
-@contextlib.contextmanager
-def _beside(side: torch.cuda.Stream | None, *inputs: Tensor) -> Iterator[None]:
-    """Run on `side`, after all that was started so far; the inputs' memory is kept until that is done."""
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-    for tensor in inputs:
-        tensor.record_stream(side)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

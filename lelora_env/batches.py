@@ -90,7 +90,7 @@ class Batches:
     """The training rows of a task as a stream of batches for every lane."""
 
     def __init__(self, rows: Rows, batch_size: int, split_seed: int) -> None:
-        """Plan the epochs; `full` says whether all rows have one length, so that no batch is ever padded.
+        """Plan the epochs.
 
         Args:
             rows: Training rows, on the device that trains.
@@ -102,7 +102,6 @@ class Batches:
         self.split_seed = split_seed
         lengths = row_lengths(rows)
         self.full_width = rows["attention_mask"].shape[1] if "attention_mask" in rows else 0
-        self.full = bool(self.full_width) and bool((lengths == self.full_width).all())
         quantiles = np.quantile(lengths, BUCKET_QUANTILES, method="higher")
         widths = sorted({min(rounded(int(q)), self.full_width) for q in quantiles})
         self.bucket_rows = self._sort_into(widths, lengths)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lelora_env.adapter import SideStreams
 from lelora_env.attach import attach, bind, head_start, recompute_activations
 from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
@@ -25,7 +26,7 @@ from lelora_env.optim import MaskedAdamW, linear_schedule
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 
 SMALL_PASS = 2**28
-"""Bytes of a pass's inputs and outputs of adapted layers up to which the bank's gradients run beside it."""
+"""Bytes of a pass's inputs and outputs of adapted layers up to which the bank's part runs beside the model's own."""
 
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
@@ -92,7 +93,6 @@ class FineTuner:
         self.steps = np.zeros(lanes, dtype=np.int64)
         self.active = np.ones(lanes, dtype=bool)
         self._reward_rows = self._trimmed(self.splits.reward)
-        self._reward_full = bool((row_lengths(self._reward_rows) == _width(self._reward_rows)).all())
         self._allocate_inputs()
         self.looped = self.lanes > 1 and not self._lanes_can_share()
         if self.looped and config.activation_checkpointing:
@@ -154,7 +154,7 @@ class FineTuner:
         self._next: tuple[bytes, np.ndarray, Tensor, int] = (b"", np.zeros(0), torch.zeros(0), 0)
         self._train_step: dict[int, Captured[None]] = {}
         self.pool = shared_pool() if self.captures else None
-        self._side = torch.cuda.Stream() if self.captures else None
+        self._side = SideStreams(torch.cuda.Stream(), torch.cuda.Stream()) if self.captures else None
 
     def _to_device(self, rows: Rows) -> Rows:
         return {name: column.to(self.device) for name, column in rows.items()}
@@ -240,15 +240,15 @@ class FineTuner:
 
         def try_rows(rows: int) -> None:
             batch = self.batches.gather(self._indices[:, :1].expand(-1, rows).clamp_min(0), width)
-            _backward(self.task.loss(self.forward(batch.rows, self.batches.full), batch.rows)[0].sum())
+            _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
 
         return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
-    def _is_small(self, width: int) -> bool:
-        """Whether the adapted layers' inputs and outputs of a training pass are few enough to be held till its end."""
-        rows = self.lanes * self.config.batch_size // self.config.accumulate
+    def _side_streams(self, rows: int, width: int) -> SideStreams | None:
+        """Streams for the bank's part of a pass over `rows` rows a lane, where what it reads can be held so long."""
         numbers = sum(m.out_features + m.in_features for m in self.base.matrices)
-        return 2 * rows * max(1, width) * numbers <= SMALL_PASS
+        small = 2 * self.lanes * rows * max(1, width) * numbers <= SMALL_PASS
+        return self._side if small else None
 
     def _load_step(self) -> int:
         """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
@@ -279,18 +279,20 @@ class FineTuner:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
         self.optimiser.set_masks(list(self.bank.row_masks(self._mask, self._active).values()))
         self.bank.zero_grad()
-        self.lane_model.context.side = self._side if self._is_small(width) else None
+        side = self._side_streams(self.config.batch_size // self.config.accumulate, width)
+        self.lane_model.context.side = side
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
             keys = None if self._dropout_keys is None else self._dropout_keys[part]
             with self.lane_model.context.using(dropout_keys=keys):
-                row_total, row_weight = self.task.loss(self.forward(batch.rows, self.batches.full), batch.rows)
+                row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
                 lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
                 _backward(lane_total.sum())
             total += lane_total.detach()
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
-        self.lane_model.context.join()
+        if side:
+            side.join()
         self.bank.collect()
         self.weight.copy_(weight.clamp_min(1e-30))
         self.losses.add_(total / self.weight)
@@ -325,31 +327,18 @@ class FineTuner:
 
     # ------------------------------------------------------------------ forward passes
 
-    def forward(self, rows: Rows, full: bool = False) -> Tensor:
-        """The model's output for lane-major rows, (L·B, ...).
-
-        Args:
-            rows: Columns of L·B rows.
-            full: Says that no row is padded. The attention mask is then left out where the model can do without:
-                the same attention by a faster kernel. It is a property of the data set and never looked up in a
-                batch, so recorded and plain steps take the same way.
-        """
+    def forward(self, rows: Rows) -> Tensor:
+        """The model's output for lane-major rows, (L·B, ...)."""
         self.bank.refresh()
-        rows = self._model_rows(rows, full)
         if not self.looped:
             return self._call(rows)
         size = len(next(iter(rows.values()))) // self.lanes
         parts = [{k: v[lane * size : (lane + 1) * size] for k, v in rows.items()} for lane in range(self.lanes)]
         return torch.cat([self._call_lane(lane, part) for lane, part in enumerate(parts)])
 
-    def _forward_lane(self, lane: int, rows: Rows, full: bool) -> Tensor:
+    def _forward_lane(self, lane: int, rows: Rows) -> Tensor:
         self.bank.refresh()
-        return self._call_lane(lane, self._model_rows(rows, full))
-
-    def _model_rows(self, rows: Rows, full: bool) -> Rows:
-        if full and getattr(self.base.model, "config", None) is not None:  # a transformers model
-            return {name: column for name, column in rows.items() if name != "attention_mask"}
-        return rows
+        return self._call_lane(lane, rows)
 
     def _call_lane(self, lane: int, rows: Rows) -> Tensor:
         context = self.lane_model.context
@@ -373,11 +362,12 @@ class FineTuner:
         """
         lanes = self.lanes if lane is None else 1
         total, weight = torch.zeros(2, lanes, device=self.device)
-        size, full = self._rows_at_once(self._reward_rows, lanes), self._reward_full
+        size = self._rows_at_once(self._reward_rows, lanes)
+        self.lane_model.context.side = self._side_streams(size, _width(self._reward_rows)) if lane is None else None
         for start in range(0, len(next(iter(self._reward_rows.values()))), size):
             part = {k: v[start : start + size] for k, v in self._reward_rows.items()}
             rows = self._in_every_lane(part) if lane is None else part
-            output = self.forward(rows, full) if lane is None else self._forward_lane(lane, rows, full)
+            output = self.forward(rows) if lane is None else self._forward_lane(lane, rows)
             row_total, row_weight = self.task.loss(output, rows)
             total += row_total.view(lanes, -1).sum(1)
             weight += row_weight.view(lanes, -1).sum(1)

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lelora_env import LeLoRAVectorEnv
 from lelora_env.tasks.dataset import DatasetTask
-from tests.families import tiny_model
-from tests.helpers import TokenTask, dense_weights, make_lanes, two_layer
+from tests.helpers import dense_weights, make_lanes, two_layer
 
 
 def numbers_task(inputs: int, outputs: int) -> DatasetTask:
@@ -62,53 +60,3 @@ def test_small_changes_keep_their_precision() -> None:
     exact = [np.linalg.norm(a - b) for a, b in zip(after, before, strict=True)]
     assert max(exact) < 1e-4 * np.linalg.norm(before[0])
     np.testing.assert_allclose(observation[0, :, -1], exact, rtol=2e-2)
-
-
-def watch(env: LeLoRAVectorEnv, seen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Note of every call of the model whether it got a mask."""
-    call = env.tuner._call
-
-    def watched(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        seen.append("attention_mask" in rows)
-        return call(rows)
-
-    monkeypatch.setattr(env.tuner, "_call", watched)
-
-
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "opt", "mpnet", "distilbert"])
-def test_rows_without_padding_need_no_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving out a mask of ones changes nothing but the kernel."""
-
-    class Full(TokenTask):
-        def _draw(self, rng: np.random.Generator, count: int) -> dict[str, torch.Tensor]:
-            rows = super()._draw(rng, count)
-            ids = torch.from_numpy(rng.integers(5, 60, size=(count, self.length)))
-            return {**rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    found = []
-    seen: list[bool] = []
-    for optional in (True, False):
-        model = tiny_model(family, num_labels=3)
-        model.config.pad_token_id = 1
-        env = make_lanes(2, model=model, task=Full(), rank_set=(0, 2), reward_size=8, tune_size=0, batch_size=4,
-                         horizon=5, target_modules="all-linear")
-        env._build()
-        watch(env, seen, monkeypatch)
-        if not optional:
-            monkeypatch.setattr(env.tuner, "_model_rows", lambda rows, full: rows)
-        env.reset(seed=0)
-        found.append([env.step(np.ones_like(env.action_space.sample()))[4]["L1"] for _ in range(4)])
-        assert set(seen) == {not optional}
-        seen.clear()
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
-
-
-def test_padded_rows_keep_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = make_lanes(1, model=tiny_model("bert", num_labels=3), task=TokenTask(), rank_set=(0, 2), reward_size=8,
-                     tune_size=0, batch_size=4, horizon=5)
-    env._build()
-    seen: list[bool] = []
-    watch(env, seen, monkeypatch)
-    env.reset(seed=0)
-    env.step(env.action_space.sample())
-    assert set(seen) == {True}
