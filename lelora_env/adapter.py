@@ -21,41 +21,28 @@ LONGEST_ROW = 1 << 16
 """More tokens than a row can have: keeps the dropout of different rows apart."""
 
 
-@dataclass(frozen=True)
-class SideStreams:
-    """Two streams beside the one that a pass runs on. Where kernels are small, what need not wait should not.
+class SideStream:
+    """A stream for the bank's gradients, which nothing waits for but the optimiser.
 
-    Attributes:
-        inner: For products with K columns, which the pass waits for a little later.
-        gradients: For the bank's gradients, which nothing waits for but the optimiser (see `join`).
+    Where kernels are small they then run beside the backward pass instead of in between.
     """
 
-    inner: torch.cuda.Stream
-    gradients: torch.cuda.Stream
+    def __init__(self) -> None:
+        """Open the stream."""
+        self.stream = torch.cuda.Stream()
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        """Run on `inner`, after all that was started so far."""
-        self.inner.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.inner):
-            yield
-
-    def wait(self) -> None:
-        """Let the current stream wait for `inner`."""
-        torch.cuda.current_stream().wait_stream(self.inner)
-
-    @contextlib.contextmanager
-    def apart(self, *inputs: Tensor) -> Iterator[None]:
-        """Run on `gradients`, after all that was started so far; the inputs' memory is kept until that is done."""
-        self.gradients.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.gradients):
+    def after(self, *inputs: Tensor) -> Iterator[None]:
+        """Run on the stream, after all that was started so far; the inputs' memory is kept until that is done."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             yield
         for tensor in inputs:
-            tensor.record_stream(self.gradients)
+            tensor.record_stream(self.stream)
 
     def join(self) -> None:
         """Let the current stream wait for the gradients."""
-        torch.cuda.current_stream().wait_stream(self.gradients)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @dataclass
@@ -67,13 +54,13 @@ class LaneContext:
             a time (models that mix rows across the batch dimension need that).
         dropout_keys: (L,) int64 keys of this forward's dropout masks; ``None`` = no dropout.
         leading: When set, adapted layers note the first dimension of each of their inputs here.
-        side: Streams for the bank's part of small passes, which then runs beside the model's own.
+        side: Where the bank's gradients are computed in small passes.
     """
 
     lane: int | None = None
     dropout_keys: Tensor | None = None
     leading: dict[str, list[int]] | None = None
-    side: "SideStreams | None" = None
+    side: SideStream | None = None
     _anchor: Tensor | None = None
 
     def anchor(self, device: torch.device) -> Tensor:
@@ -150,19 +137,16 @@ class SpectralLinear(nn.Module):
             y = _SpectralProduct.apply(  # type: ignore[no-untyped-call]
                 lanes, anchor, self.residual, self.bias, left, right, gradients, self.context.side)
         else:
-            y, _ = _product(lanes, self.residual, self.bias, left, right, self.context.side)
+            y, _ = _product(lanes, self.residual, self.bias, left, right)
         return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def _product(
-    x: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, side: SideStreams | None
+    x: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x·(residual + leftᵀ·right)ᵀ + bias for x (L, R, I): the product (L·R, O), and x·rightᵀ (L, R, K)."""
-    with side.beside() if side else contextlib.nullcontext():
-        inner = torch.bmm(x, right.transpose(1, 2))
     y = nn.functional.linear(x.flatten(0, 1), residual, bias)
-    if side:
-        side.wait()
+    inner = torch.bmm(x, right.transpose(1, 2))
     y.view(*x.shape[:2], -1).baddbmm_(inner, left)
     return y, inner
 
@@ -177,9 +161,9 @@ class _SpectralProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, residual: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
-        gradients: tuple[Tensor, Tensor], side: SideStreams | None,
+        gradients: tuple[Tensor, Tensor], side: SideStream | None,
     ) -> Tensor:
-        y, inner = _product(x, residual, bias, left, right, side)
+        y, inner = _product(x, residual, bias, left, right)
         ctx.save_for_backward(x, inner)
         ctx.constants = residual, left, right, gradients, side  # static tensors of model and bank
         return y
@@ -189,18 +173,13 @@ class _SpectralProduct(torch.autograd.Function):
         x, inner = ctx.saved_tensors
         residual, left, right, (left_grad, right_grad), side = ctx.constants
         dy = dy.view(*x.shape[:2], -1)  # (L, R, O)
-        dx = None
-        with side.beside() if side else contextlib.nullcontext():
-            d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
-        if ctx.needs_input_grad[0]:
-            dx = torch.matmul(dy, residual)
-        if side:
-            side.wait()
-        with side.apart(x, inner, dy, d_inner) if side else contextlib.nullcontext():
+        d_inner = torch.bmm(dy, left.transpose(1, 2))  # (L, R, K)
+        with side.after(x, inner, dy, d_inner) if side else contextlib.nullcontext():
             _add_product(left_grad, inner, dy)
             _add_product(right_grad, d_inner, x)
-        if dx is not None:
-            dx.baddbmm_(d_inner, right)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(dy, residual).baddbmm_(d_inner, right)
         return dx, *[None] * 7
 
 

@@ -92,7 +92,7 @@ def lane_list(lanes: int | list[int] | None, count: int) -> list[int]:
     """
     if lanes is None:
         return list(range(count))
-    found = [int(lane) for lane in np.atleast_1d(lanes)]
+    found = sorted({int(lane) for lane in np.atleast_1d(lanes)})
     for lane in found:
         if not 0 <= lane < count:
             raise LeLoRAError(f"there is no lane {lane}; lanes count from 0 to {count - 1}.")

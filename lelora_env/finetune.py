@@ -12,27 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lelora_env.adapter import SideStreams
+from lelora_env.adapter import SideStream
 from lelora_env.attach import attach, bind, head_start, recompute_activations
 from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
 from lelora_env.capture import Captured, shared_pool
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
-from lelora_env.keys import Purpose, generator
-from lelora_env.memory import forward_advice, training_advice, within_memory
+from lelora_env.inputs import StepInputs
+from lelora_env.memory import training_advice, within_memory
 from lelora_env.models import Base
-from lelora_env.optim import MaskedAdamW, linear_schedule
+from lelora_env.optim import MaskedAdamW
+from lelora_env.passes import Passes
+from lelora_env.scoring import Scorer
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 
 SMALL_PASS = 2**28
-"""Bytes of a pass's inputs and outputs of adapted layers up to which the bank's part runs beside the model's own."""
+"""Bytes of a pass's inputs and outputs of adapted layers up to which the bank's gradients run beside it."""
 
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
-
-FORWARD_ROWS, FORWARD_TOKENS, LOGITS_BUDGET = 64, 2**18, 2**28
-"""Rows per lane, tokens of all lanes, and logits in one forward pass without gradients, at most."""
 
 
 def _backward(loss: Tensor) -> None:
@@ -43,11 +42,6 @@ def _backward(loss: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         loss.backward()
-
-
-def _width(rows: Rows) -> int:
-    """Tokens of a row; 0 for rows that are not sequences."""
-    return rows["input_ids"].shape[1] if "input_ids" in rows else 0
 
 
 class FineTuner:
@@ -74,7 +68,6 @@ class FineTuner:
             ModelError: A matrix that the model's forward pass never uses.
         """
         self.base, self.task, self.config, self.lanes = base, task, config, lanes
-        self.pad_token_id = pad_token_id
         self.device = base.device
         self.splits = Splits(
             **{name: self._to_device(splits[name]) for name in SPLIT_NAMES},
@@ -88,73 +81,28 @@ class FineTuner:
         self.bank = Bank(base.spectrum, lanes, self.lane_model.head_size)
         bind(self.lane_model, self.bank)
         self.optimiser = self._make_optimiser()
-        self.seeds = np.zeros(lanes, dtype=np.int64)
-        self.episodes = np.zeros(lanes, dtype=np.int64)
-        self.steps = np.zeros(lanes, dtype=np.int64)
-        self.active = np.ones(lanes, dtype=bool)
-        self._reward_rows = self._trimmed(self.splits.reward)
-        self._allocate_inputs()
-        self.looped = self.lanes > 1 and not self._lanes_can_share()
-        if self.looped and config.activation_checkpointing:
+        self.inputs = StepInputs(self.batches, config, lanes, base.spectrum.layout.slots, self.device)
+        self.losses, self.grad_norm, self.learning_rate, self.weight = torch.zeros(4, lanes, device=self.device)
+        self.weight.fill_(1)
+        reward_rows = self._trimmed(self.splits.reward)
+        self.passes = Passes(base, task, self.lane_model, self.bank, reward_rows)
+        if self.passes.looped and config.activation_checkpointing:
             raise ModelError("activation_checkpointing needs a model whose lanes run together; those of this one run "
                              "one at a time (it mixes rows). Leave activation_checkpointing out, or use one lane.")
-        self._check_every_layer_is_called()
-
-    @torch.no_grad()
-    def _leading_sizes(self, rows: int) -> dict[str, list[int]]:
-        """First dimensions of every adapted layer's inputs for a batch of `rows` rows per lane."""
-        context = self.lane_model.context
-        context.leading = {}
-        try:
-            index = torch.zeros(self.lanes * rows, dtype=torch.int64, device=self.device)
-            self._call(take_rows(self._reward_rows, index, 0))
-            return context.leading
-        finally:
-            context.leading = None
-
-    def _lanes_can_share(self) -> bool:
-        """Whether every adapted layer sees a batch that grows with the rows, lane by lane.
-
-        Some models (DeBERTa) also put tensors without a batch dimension through their layers; their
-        lanes run one at a time.
-        """
-        self.looped = False
-        try:
-            one, two = self._leading_sizes(1), self._leading_sizes(2)
-        except (RuntimeError, ModelError):
-            return False
-        whole = all(size % self.lanes == 0 for sizes in one.values() for size in sizes)
-        return whole and two == {name: [2 * size for size in sizes] for name, sizes in one.items()}
-
-    def _check_every_layer_is_called(self) -> None:
-        with self.lane_model.context.using(lane=0):
-            called = self._leading_sizes(1)
-        unused = [layer.name for layer in self.lane_model.spectral if layer.name not in called]
-        if unused:
-            raise ModelError(f"the model's forward pass never calls {unused[0]!r} ({len(unused)} such layers): its "
-                             "weight is read directly, or it is reached past the module tree. Leave it out of "
-                             "target_modules.")
+        self.scorer = Scorer(self.passes, task, self.splits, reward_rows)
+        self.pool = shared_pool() if self.captures else None
+        self._side = SideStream() if self.captures else None
+        self._train_step: dict[int, Captured[None]] = {}
 
     @property
     def captures(self) -> bool:
         """Whether steps are recorded as CUDA graphs."""
         return self.config.cuda_graphs and self.device.type == "cuda"
 
-    def _allocate_inputs(self) -> None:
-        """The static tensors that steps read and write, so that they can be captured."""
-        lanes = torch.zeros(5, self.lanes, device=self.device)
-        self.losses, self.grad_norm, self.learning_rate, self._factor, self.weight = lanes
-        self.weight.fill_(1)
-        self._active = torch.ones(self.lanes, dtype=torch.bool, device=self.device)
-        self._mask = torch.zeros(self.lanes, *self.base.spectrum.layout.slots, dtype=torch.bool, device=self.device)
-        self._indices = torch.zeros(self.lanes, self.config.batch_size, dtype=torch.int64, device=self.device)
-        self._dropout_keys: Tensor | None = None
-        if self.config.dropout:
-            self._dropout_keys = torch.zeros(self.config.accumulate, self.lanes, dtype=torch.int64, device=self.device)
-        self._next: tuple[bytes, np.ndarray, Tensor, int] = (b"", np.zeros(0), torch.zeros(0), 0)
-        self._train_step: dict[int, Captured[None]] = {}
-        self.pool = shared_pool() if self.captures else None
-        self._side = SideStreams(torch.cuda.Stream(), torch.cuda.Stream()) if self.captures else None
+    @property
+    def steps(self) -> np.ndarray:
+        """Optimiser steps of each lane since the start of its run, (L,)."""
+        return self.inputs.steps
 
     def _to_device(self, rows: Rows) -> Rows:
         return {name: column.to(self.device) for name, column in rows.items()}
@@ -190,7 +138,8 @@ class FineTuner:
         if HEAD in rows:
             rows[HEAD] = head_start(self.base, self.lane_model, seed, episode).unsqueeze(0)
         self.put_rows(lane, rows)
-        self.seeds[lane], self.episodes[lane], self.steps[lane] = seed, episode, 0
+        inputs = self.inputs
+        inputs.seeds[lane], inputs.episodes[lane], inputs.steps[lane] = seed, episode, 0
 
     def put_rows(self, lane: int, rows: dict[str, Tensor]) -> None:
         """Replace a lane's trained numbers and forget its moments; clock and data order stay.
@@ -214,9 +163,8 @@ class FineTuner:
             mask: (L, M, K) bool: components that are updated.
             active: (L,) bool: lanes that step at all; the others stay bitwise as they are.
         """
-        self.active = active
-        self._mask.copy_(mask, non_blocking=True)
-        self._active.copy_(torch.from_numpy(active), non_blocking=True)
+        self._stepping = active
+        self.inputs.choose(mask, active)
         self.losses.zero_()
 
     def train(self, steps: int) -> None:
@@ -224,67 +172,45 @@ class FineTuner:
 
         Leaves the summed training losses in `losses`, and the gradient norm of the last step (before
         clipping) and its learning rate in `grad_norm` and `learning_rate`, each (L,).
+
+        Raises:
+            MemoryLimitError: The device's memory does not suffice; nothing has been trained by this step.
         """
         for _ in range(steps):
-            width = self._load_step()
+            width = self.inputs.load()
             if width not in self._train_step:
                 self._train_step[width] = Captured(
                     f"training step at width {width}", partial(self._step, width), self.captures, self._rehearsal,
                     self.pool,
                 )
             within_memory(self._train_step[width], partial(self._advice, width))
-            self.steps += self.active
+            self.inputs.steps += self._stepping
 
     def _advice(self, width: int) -> str:
         config = self.config
 
         def try_rows(rows: int) -> None:
-            batch = self.batches.gather(self._indices[:, :1].expand(-1, rows).clamp_min(0), width)
+            batch = self.batches.gather(self.inputs.indices[:, :1].expand(-1, rows).clamp_min(0), width)
             _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
 
         return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
-    def _side_streams(self, rows: int, width: int) -> SideStreams | None:
-        """Streams for the bank's part of a pass over `rows` rows a lane, where what it reads can be held so long."""
+    def _side_stream(self, width: int) -> SideStream | None:
+        """A stream for the bank's gradients, where all that they are computed from can be held till the pass ends."""
+        rows = self.lanes * self.config.batch_size // self.config.accumulate
         numbers = sum(m.out_features + m.in_features for m in self.base.matrices)
-        small = 2 * self.lanes * rows * max(1, width) * numbers <= SMALL_PASS
-        return self._side if small else None
-
-    def _load_step(self) -> int:
-        """Put the next step's row indices, learning rates and dropout keys into place; returns its width."""
-        self.prefetch()
-        _, indices, keys, width = self._next
-        self._indices.copy_(torch.from_numpy(indices), non_blocking=True)
-        factor = linear_schedule(torch.from_numpy(self.steps), self.config.total_steps, self.config.warmup)
-        self._factor.copy_(factor, non_blocking=True)
-        if self._dropout_keys is not None:
-            self._dropout_keys.copy_(keys, non_blocking=True)
-        return width
-
-    def prefetch(self) -> None:
-        """Draw rows and dropout keys of the next training step, if they are not drawn yet.
-
-        Call it while the device is busy; the draws are a function of the clocks, so nothing changes but the time.
-        """
-        clocks = np.stack([self.seeds, self.episodes, self.steps], axis=1)
-        if self._next[0] == clocks.tobytes():
-            return
-        indices = np.stack([self.batches.indices(lane, *map(int, clock)) for lane, clock in enumerate(clocks)])
-        keys = self._draw_dropout_keys() if self._dropout_keys is not None else torch.zeros(0)
-        width = max(self.batches.width(step) for step in set(self.steps.tolist()))
-        self._next = clocks.tobytes(), indices, keys, width
+        return self._side if 2 * rows * max(1, width) * numbers <= SMALL_PASS else None
 
     @torch.enable_grad()
     def _step(self, width: int) -> None:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
-        self.optimiser.set_masks(list(self.bank.row_masks(self._mask, self._active).values()))
+        self.optimiser.set_masks(list(self.bank.row_masks(self.inputs.mask, self.inputs.active).values()))
         self.bank.zero_grad()
-        side = self._side_streams(self.config.batch_size // self.config.accumulate, width)
-        self.lane_model.context.side = side
+        side = self.lane_model.context.side = self._side_stream(width)
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
-        for part, indices in enumerate(self._indices.chunk(self.config.accumulate, dim=1)):
+        for part, indices in enumerate(self.inputs.indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
-            keys = None if self._dropout_keys is None else self._dropout_keys[part]
+            keys = None if self.inputs.dropout_keys is None else self.inputs.dropout_keys[part]
             with self.lane_model.context.using(dropout_keys=keys):
                 row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
                 lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
@@ -297,8 +223,8 @@ class FineTuner:
         self.weight.copy_(weight.clamp_min(1e-30))
         self.losses.add_(total / self.weight)
         for name, group in zip(self.bank.rows, self.optimiser.param_groups, strict=True):
-            group["lr"].copy_(self._peak(name) * self._factor)
-        self.learning_rate.copy_(self.config.learning_rate * self._factor)
+            group["lr"].copy_(self._peak(name) * self.inputs.factor)
+        self.learning_rate.copy_(self.config.learning_rate * self.inputs.factor)
         self.grad_norm.copy_(self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / self.weight))
         self.optimiser.step()
 
@@ -309,115 +235,27 @@ class FineTuner:
     @contextlib.contextmanager
     def _rehearsal(self) -> Iterator[None]:
         """With no lane active, a training step leaves no trace but in the reported numbers."""
-        active, losses = self._active.clone(), self.losses.clone()
-        self._active.zero_()
+        active, losses = self.inputs.active.clone(), self.losses.clone()
+        self.inputs.active.zero_()
         try:
             yield
         finally:
-            self._active.copy_(active)
+            self.inputs.active.copy_(active)
             self.losses.copy_(losses)
 
-    def _draw_dropout_keys(self) -> Tensor:
-        clocks = list(zip(self.seeds, self.episodes, self.steps, strict=True))
-        keys = [
-            [int(generator(int(s), Purpose.DROPOUT, int(e), int(t), part).integers(2**31)) for s, e, t in clocks]
-            for part in range(self.config.accumulate)
-        ]
-        return torch.tensor(keys)
-
-    # ------------------------------------------------------------------ forward passes
+    # ------------------------------------------------------------------ measuring
 
     def forward(self, rows: Rows) -> Tensor:
         """The model's output for lane-major rows, (L·B, ...)."""
-        self.bank.refresh()
-        if not self.looped:
-            return self._call(rows)
-        size = len(next(iter(rows.values()))) // self.lanes
-        parts = [{k: v[lane * size : (lane + 1) * size] for k, v in rows.items()} for lane in range(self.lanes)]
-        return torch.cat([self._call_lane(lane, part) for lane, part in enumerate(parts)])
+        return self.passes.forward(rows)
 
-    def _forward_lane(self, lane: int, rows: Rows) -> Tensor:
-        self.bank.refresh()
-        return self._call_lane(lane, rows)
-
-    def _call_lane(self, lane: int, rows: Rows) -> Tensor:
-        context = self.lane_model.context
-        with context.using(lane=lane, dropout_keys=context.dropout_keys):
-            return self._call(rows)
-
-    def _call(self, rows: Rows) -> Tensor:
-        inputs = {name: rows[name] for name in self.task.inputs if name in rows}
-        output = self.lane_model.model(**inputs, **self.base.forward_options)
-        return output.logits if hasattr(output, "logits") else output  # type: ignore[no-any-return]
-
-    def _in_every_lane(self, rows: Rows) -> Rows:
-        return {name: c.repeat(self.lanes, *[1] * (c.dim() - 1)) for name, c in rows.items()}
-
-    @torch.no_grad()
     def reward_loss(self, lane: int | None = None) -> Tensor:
-        """Loss on the fixed reward rows, in evaluation mode (L1 of Eq. 2).
+        """Loss on the reward rows, see `Scorer.reward_loss`."""
+        return self.scorer.reward_loss(lane)
 
-        Args:
-            lane: Only this lane's, (1,); ``None`` = every lane's, (L,).
-        """
-        lanes = self.lanes if lane is None else 1
-        total, weight = torch.zeros(2, lanes, device=self.device)
-        size = self._rows_at_once(self._reward_rows, lanes)
-        self.lane_model.context.side = self._side_streams(size, _width(self._reward_rows)) if lane is None else None
-        for start in range(0, len(next(iter(self._reward_rows.values()))), size):
-            part = {k: v[start : start + size] for k, v in self._reward_rows.items()}
-            rows = self._in_every_lane(part) if lane is None else part
-            output = self.forward(rows) if lane is None else self._forward_lane(lane, rows)
-            row_total, row_weight = self.task.loss(output, rows)
-            total += row_total.view(lanes, -1).sum(1)
-            weight += row_weight.view(lanes, -1).sum(1)
-        mean: Tensor = total / weight
-        return mean
-
-    def _rows_at_once(self, rows: Rows, lanes: int) -> int:
-        """Rows per lane in a forward pass without gradients, so that its memory stays within a budget."""
-        tokens = lanes * max(1, _width(rows))
-        limit = FORWARD_TOKENS // tokens
-        if self.task.head == "causal-lm":
-            vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", 1)
-            limit = min(limit, LOGITS_BUDGET // (tokens * vocabulary))
-        return max(1, min(FORWARD_ROWS, limit))
-
-    @torch.no_grad()
     def evaluate(self, split: str) -> list[dict[str, float]]:
-        """The task's score on a split, one dictionary a lane.
-
-        Raises:
-            ModelError: The split has no rows.
-        """
-        rows = self.splits[split]
-        lengths = row_lengths(rows)
-        if not len(lengths):
-            raise ModelError(f"the split {split!r} has no rows; give it some (for tune: tune_size > 0).")
-        order = np.argsort(lengths, kind="stable")
-        parts = []
-        size = self._rows_at_once(rows, self.lanes)
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            part = take_rows(rows, torch.from_numpy(chosen).to(self.device), rounded(int(lengths[chosen].max())))
-            repeated = self._in_every_lane(part)
-            advice = partial(forward_advice, self.lanes, len(chosen), _width(part), self.device)
-            predicted = within_memory(partial(self._predict, repeated), advice)
-            parts.append(predicted.view(self.lanes, len(chosen), -1).float().cpu().numpy())
-        back = np.argsort(order, kind="stable")
-        predictions = np.concatenate(parts, axis=1)[:, back]  # (L, N, P)
-        host = {name: column.cpu() for name, column in rows.items()}
-        scores = [self.task.score(predictions[lane], host) for lane in range(self.lanes)]
-        return [{name: float(value) for name, value in score.items()} for score in scores]
-
-    def _predict(self, rows: Rows) -> Tensor:
-        return self.task.predict(self.forward(rows), rows)
-
-    @property
-    def forward_advice(self) -> str:
-        """What to say when measuring the reward loss runs out of memory."""
-        rows = min(self._rows_at_once(self._reward_rows, self.lanes), len(next(iter(self._reward_rows.values()))))
-        return forward_advice(self.lanes, rows, _width(self._reward_rows), self.device)
+        """The task's score on a split, one dictionary a lane; see `Scorer.evaluate`."""
+        return self.scorer.evaluate(split)
 
     @torch.no_grad()
     def matrix_grad_norms(self) -> Tensor:
@@ -434,8 +272,8 @@ class FineTuner:
 
     def get_state(self, lane: int) -> dict[str, Tensor]:
         """A copy of everything that is one lane's own, as plain tensors by name."""
-        clock = torch.tensor([int(x[lane]) for x in (self.seeds, self.episodes, self.steps)])
-        spectrum = self.base.spectrum
+        inputs, spectrum = self.inputs, self.base.spectrum
+        clock = torch.tensor([int(x[lane]) for x in (inputs.seeds, inputs.episodes, inputs.steps)])
         return {
             "finetune.clock": clock,
             "finetune.structure": torch.tensor(spectrum.structure),
@@ -473,7 +311,9 @@ class FineTuner:
         with torch.no_grad():
             for key, target in self._owned().items():
                 put_lanes(target, lanes, state[key])
-        self.seeds[lanes], self.episodes[lanes], self.steps[lanes] = (int(x) for x in state["finetune.clock"])
+        seed, episode, step = (int(x) for x in state["finetune.clock"])
+        inputs = self.inputs
+        inputs.seeds[lanes], inputs.episodes[lanes], inputs.steps[lanes] = seed, episode, step
 
 
 def put_lanes(target: Tensor, lanes: list[int], value: Tensor) -> None:

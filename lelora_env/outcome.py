@@ -83,7 +83,7 @@ class Measurement:
         """Start a measurement without waiting for it; see `__call__` for the arguments."""
         self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
         self.ran.copy_(torch.from_numpy(ran).unsqueeze(1), non_blocking=True)
-        self._result = within_memory(self._captured, lambda: self.tuner.forward_advice)
+        self._result = within_memory(self._captured, lambda: self.tuner.scorer.advice)
 
     def fetch(self) -> Outcome:
         """Wait for what `launch` started: one transfer from the device."""

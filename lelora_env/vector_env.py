@@ -313,7 +313,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         tuner.begin(component_mask(allocation, self.table), running)
         tuner.train(self.env_config.steps_per_action)
         self._measure.launch((clocks.env_steps + running) / self.horizon, running)
-        tuner.prefetch()
+        tuner.inputs.prefetch()
         outcome = self._measure.fetch()
         account = self._accountant.account(allocation, outcome, clocks, running)
         observations = outcome.observation

@@ -73,7 +73,7 @@ def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("a_card")
 def test_a_measurement_or_score_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     env = tokens()
-    monkeypatch.setattr(env.tuner, "_call", no_memory)
+    monkeypatch.setattr(env.tuner.passes, "_call", no_memory)
     with pytest.raises(MemoryLimitError, match="a forward pass of 2 lanes x 20 rows x 12 tokens does not fit"):
         env.evaluate("eval")
     with pytest.raises(MemoryLimitError, match="a forward pass of 2 lanes x 8 rows x 12 tokens does not fit"):

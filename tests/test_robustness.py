@@ -83,7 +83,7 @@ def test_lanes_run_one_at_a_time_where_a_layer_sees_no_batch(lanes: int) -> None
     options = {"model": model, "task": TokenTask("none"), "target_modules": ("query",), **TINY, "learning_rate": 0.05}
     env = make_lanes(lanes, **options)
     env.reset(seed=0)
-    assert env.tuner.looped
+    assert env.tuner.passes.looped
     for _ in range(3):
         actions = action_for(env, 2, 0)
         actions[0] = 0
