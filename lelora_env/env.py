@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lelora_env.allocation import action_masks
 from lelora_env.errors import ActionError, LeLoRAError
+from lelora_env.infos import first
 from lelora_env.reference import by_reference_spec
 from lelora_env.tasks.base import Task
 from lelora_env.vector_env import LeLoRAVectorEnv
@@ -152,7 +153,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
         if seed is None and not self._lanes.seeded and self._lanes.instance is None:
             seed = int(self.np_random.integers(2**31))
         observation, infos = self._lanes.reset(seed=seed)
-        return observation[0].copy(), _first(infos)
+        return observation[0].copy(), first(infos)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Train under one allocation; see the class.
@@ -169,7 +170,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
             raise ActionError(f"an action must have shape {self.action_space.shape}: rank index and location index of "
                               f"each of the {self._lanes.num_matrices} matrices, interleaved; got {flat.shape}.")
         observation, reward, terminated, truncated, infos = self._lanes.step(flat[None])
-        return observation[0].copy(), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
+        return observation[0].copy(), float(reward[0]), bool(terminated[0]), bool(truncated[0]), first(infos)
 
     def action_masks(self) -> np.ndarray:
         """Legal entries of the action, flat bool (M·(R+S),), as MaskablePPO reads it."""
@@ -210,13 +211,3 @@ _SHARED = frozenset(
     {"matrices", "task", "horizon", "adapter_config", "env_config", "feature_names", "num_matrices", "table",
      "instance", "source", "tuner", "device"}
 )
-
-
-def _first(infos: dict[str, Any]) -> dict[str, Any]:
-    """The info of lane 0 as plain Python values."""
-    result: dict[str, Any] = {}
-    for key, values in infos.items():
-        if not key.startswith("_") and infos[f"_{key}"][0]:
-            value = values[0]
-            result[key] = value.item() if isinstance(value, np.generic) else value
-    return result

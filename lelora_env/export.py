@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lelora_env.adapter import share_tensors
-from lelora_env.bank import factors
 from lelora_env.errors import LeLoRAError, ModelError
 from lelora_env.finetune import FineTuner
+from lelora_env.spectrum import factors
 
 if TYPE_CHECKING:
     from lelora_env.vector_env import LeLoRAVectorEnv

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lelora_env.bank import Spectrum
 from lelora_env.config import EnvConfig
 from lelora_env.grams import Products
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
+from lelora_env.spectrum import Spectrum
 
 RAW_HIGH = 1e6
 """Upper bound of raw norms and singular values in the observation; larger ones are clipped."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lelora_env.bank import Bank, ShapeGroup, factors
+from lelora_env.bank import Bank
+from lelora_env.spectrum import ShapeGroup, factors
 
 NOW, STEP, RUN = range(3)
 """Variants of a component: as it is, its change in the env step, its change since the start of the run."""

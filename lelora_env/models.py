@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from lelora_env.allocation import build_choice_table
-from lelora_env.bank import Spectrum, WeightSource, build_layout, build_spectrum
 from lelora_env.config import AdapterConfig, EnvConfig
 from lelora_env.errors import ModelError
 from lelora_env.loading import loading, location, longest_row, reads_forwards, resolve_name, without_quantisation
 from lelora_env.matrices import MatrixInfo, find_matrices, head_modules
 from lelora_env.reference import ByReference
+from lelora_env.spectrum import Spectrum, WeightSource, build_layout, build_spectrum
 from lelora_env.tasks.base import Head
 
 logger = logging.getLogger(__name__)

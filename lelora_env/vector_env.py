@@ -23,14 +23,13 @@ from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner, put_lanes
+from lelora_env.infos import Infos, add, split
 from lelora_env.memory import lanes_advice, within_memory
 from lelora_env.models import Base, ModelSource
 from lelora_env.outcome import Measurement
 from lelora_env.reference import ByReference, by_reference_spec, plain_options
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
-
-Infos = dict[str, Any]
 
 LANES_AT_ONCE = 8
 """A share of 1/8 of the lanes or more is measured by one pass over all of them, fewer are measured one by one."""
@@ -267,23 +266,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _clock_infos(self, mask: np.ndarray) -> Infos:
         infos: Infos = {}
-        self._add(infos, "L1", self._clocks.losses, mask)
-        self._add(infos, "env_step", self._clocks.env_steps, mask)
-        self._add(infos, "optimiser_steps", self.tuner.steps, mask)
+        add(infos, "L1", self._clocks.losses, mask)
+        add(infos, "env_step", self._clocks.env_steps, mask)
+        add(infos, "optimiser_steps", self.tuner.steps, mask)
         return infos
 
     def _add_instance(self, infos: Infos, mask: np.ndarray) -> None:
         if self.instance is not None:
-            self._add(infos, "instance", np.full(self.num_envs, self.instance, dtype=object), mask)
-
-    @staticmethod
-    def _add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
-        """Add an info in Gymnasium's form: blank where the mask is off, absent where it is off everywhere."""
-        if mask.all():
-            infos[key], infos[f"_{key}"] = np.array(values), mask.copy()
-        elif mask.any():
-            blank = np.full_like(values, None) if values.dtype == object else np.zeros_like(values)
-            infos[key], infos[f"_{key}"] = np.where(mask, values, blank), mask.copy()
+            add(infos, "instance", np.full(self.num_envs, self.instance, dtype=object), mask)
 
     # ------------------------------------------------------------------ step
 
@@ -322,7 +312,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         clocks.env_steps += running
         infos: Infos = {}
         for key, value in account.values.items():
-            self._add(infos, key, value, running)
+            add(infos, key, value, running)
         infos |= self._clock_infos(np.ones_like(running))
         self._add_instance(infos, resetting)
         terminated = running & (account.diverged | (clocks.env_steps >= self.horizon))
@@ -345,17 +335,13 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         final_obs = np.full(self.num_envs, None, dtype=object)
         for lane in np.flatnonzero(done):
             final_obs[lane] = observations[lane].copy()
-        final: Infos = {}
-        kept: Infos = {}
-        for key in [key for key in infos if not key.startswith("_")]:
-            self._add(final, key, infos[key], infos[f"_{key}"] & done)
-            self._add(kept, key, infos[key], infos[f"_{key}"] & ~done)
+        kept, final = split(infos, done)
         for lane in np.flatnonzero(done):
             self._start_lane(int(lane), None)
         observations = self._after_reset(done)
         kept |= self._clock_infos(np.ones_like(done))
         self._add_instance(kept, done)
-        self._add(kept, "final_obs", final_obs, done)
+        add(kept, "final_obs", final_obs, done)
         kept["final_info"], kept["_final_info"] = final, done.copy()
         return observations, kept
 

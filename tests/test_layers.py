@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("config", "keys", "reward", "capture", "reference", "loading", "memory", "fused"),
+    ("config", "keys", "reward", "capture", "reference", "loading", "memory", "fused", "infos"),
     ("tasks.base", "spectra", "matrices", "allocation"),
     ("tasks",),  # every concrete task; they may use one another
     ("cache", "arguments"),
+    ("spectrum",),
     ("bank",),
     ("adapter", "optim"),
     ("models", "batches"),
