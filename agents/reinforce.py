@@ -133,6 +133,12 @@ class Reinforce:
         self._location_mask = torch.as_tensor(spec.location_mask, device=self.device)
         self._record()
 
+    def _own_kernels(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state of Adam with this device's way of computing, whatever device it was saved on."""
+        for group in state["param_groups"]:
+            group |= {key: self.optimiser.defaults[key] for key in ("capturable", "fused")}
+        return state
+
     def _record(self) -> None:
         """Forget recorded graphs and their inputs: they hold the addresses of tensors that have been replaced."""
         captures = self.device.type == "cuda"
@@ -295,7 +301,7 @@ class Reinforce:
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise LeLoRAError(f"the saved policy does not fit this environment: {text}") from None
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self.optimiser.load_state_dict(self._own_kernels(copy.deepcopy(state["optimiser"])))
         self._record()
         self.baseline.total, self.baseline.count = state["baseline"]["total"], state["baseline"]["count"]
         self.generator.set_state(state["generator"].cpu())

@@ -28,13 +28,22 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-Pool = Any
-"""Handle of device memory that graphs share; torch's own type has no public name."""
+class SharedPool:
+    """Memory for the intermediate tensors of graphs that never run at the same time: one lot for all of them.
 
+    Attributes:
+        handle: Torch's name for it.
+        warned: Whether a warning has said that something cannot be recorded.
+    """
 
-def shared_pool() -> Pool:
-    """Memory for the intermediate tensors of graphs that never run at the same time: one lot for all of them."""
-    return torch.cuda.graph_pool_handle()
+    def __init__(self) -> None:
+        """Open a pool on the current device."""
+        self.warned = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Take new memory for graphs to come; a recording that broke off leaves the old one in an unusable state."""
+        self.handle: Any = torch.cuda.graph_pool_handle()
 
 
 class Captured(Generic[T]):
@@ -52,7 +61,7 @@ class Captured(Generic[T]):
         function: Callable[[], T],
         enabled: bool,
         rehearsal: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-        pool: Pool | None = None,
+        pool: SharedPool | None = None,
     ) -> None:
         """Wrap `function`.
 
@@ -63,7 +72,7 @@ class Captured(Generic[T]):
             rehearsal: Gives a context in which calling the function leaves no trace; it is needed
                 because a function has to run a few times before it can be captured. Default: the
                 function leaves none.
-            pool: Memory to share with other captured functions, see `shared_pool`.
+            pool: Memory to share with other captured functions; they also share the one warning.
         """
         self.name = name
         self.function = function
@@ -82,6 +91,10 @@ class Captured(Generic[T]):
         self.graph.replay()
         return self.result  # type: ignore[return-value]
 
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        handle = None if self.pool is None else self.pool.handle
+        return torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local")
+
     def _capture(self) -> None:
         try:
             graph = torch.cuda.CUDAGraph()
@@ -94,7 +107,7 @@ class Captured(Generic[T]):
                 torch.cuda.current_stream().wait_stream(stream)
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()  # what the warm-up needed, the graph needs again
-                with _no_collection(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                with _no_collection(), self._recording(graph):
                     self.result = self.function()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -103,6 +116,10 @@ class Captured(Generic[T]):
             self.result = None
             torch.cuda.synchronize()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("the %s runs without a CUDA graph (slower, same numbers): %s", self.name, reason)
+            level = logging.DEBUG if self.pool is not None and self.pool.warned else logging.WARNING
+            logger.log(level, "the %s runs without a CUDA graph (slower, same numbers): %s", self.name, reason)
+            if self.pool is not None:
+                self.pool.warned = True
+                self.pool.renew()
         else:
             self.graph = graph

@@ -16,7 +16,7 @@ from lelora_env.adapter import SideStream
 from lelora_env.attach import attach, bind, head_start, recompute_activations
 from lelora_env.bank import HEAD, Bank
 from lelora_env.batches import Batches, rounded, row_lengths, take_rows
-from lelora_env.capture import Captured, shared_pool
+from lelora_env.capture import Captured, SharedPool
 from lelora_env.config import EnvConfig
 from lelora_env.errors import ModelError
 from lelora_env.inputs import StepInputs
@@ -90,7 +90,7 @@ class FineTuner:
             raise ModelError("activation_checkpointing needs a model whose lanes run together; those of this one run "
                              "one at a time (it mixes rows). Leave activation_checkpointing out, or use one lane.")
         self.scorer = Scorer(self.passes, task, self.splits, reward_rows)
-        self.pool = shared_pool() if self.captures else None
+        self.pool = SharedPool() if self.captures else None
         self._side = SideStream() if self.captures else None
         self._train_step: dict[int, Captured[None]] = {}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lelora_env.capture import Captured
+from lelora_env.capture import Captured, SharedPool
 from tests.helpers import action_for, make_lanes
 
 
@@ -58,3 +58,22 @@ def test_a_rehearsed_step_leaves_no_trace(stop: bool) -> None:
     first = env.get_state(0)["rows.32"]
     env.step(action_for(env, 3, 0))
     assert not np.array_equal(first.numpy(), env.get_state(0)["rows.32"].numpy())
+
+
+def test_functions_that_share_a_pool_warn_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoGraph:
+        def __init__(self) -> None:
+            raise RuntimeError("no")
+
+    handles = iter(range(10))
+    monkeypatch.setattr("torch.cuda.CUDAGraph", NoGraph)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: next(handles))
+    pool = SharedPool()  # handle 0
+    for name in ("first", "second"):
+        Captured(name, lambda: 1, True, nothing, pool)()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the first runs without a CUDA graph (slower, same numbers): no"]
+    assert pool.handle == 2  # a recording that broke off has left the others unusable

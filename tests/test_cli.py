@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from lelora_env import cli
@@ -356,3 +357,27 @@ def test_agents_side_by_side_see_their_own_lane_only() -> None:
         np.testing.assert_array_equal(own.action, [[i] * 4])
     both.load_state_dict({"0": {"answer": 7}, "1": {"answer": 8}, "2": {"answer": 9}})
     assert both.state_dict()["1"] == {"answer": 8}
+
+
+def test_cache_shows_prunes_and_empties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lelora_env import cache
+
+    monkeypatch.setenv("LELORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SMALLEST_WORK", 0.0)
+    for seed in range(2):
+        weights = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(seed))
+        cache.decompose_once(weights, [0, 1], names=["layer.0.query", "layer.1.query"])
+    shown = lelora("cache")
+    assert shown.exit_code == 0
+    assert "2 entries" in shown.output
+    assert shown.output.count("2 x 8x12  layer.0.query, ...") == 2
+    assert "removed 0 entries" in lelora("cache", "--keep-gb", "1").output
+    assert "removed 2 entries" in lelora("cache", "--clear").output
+    assert "0 entries" in lelora("cache").output
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setenv("LELORA_CACHE", "off")
+    assert "the cache is off" in lelora("cache").output
+    monkeypatch.setenv("LELORA_CACHE_GB", "many")
+    refused = lelora("cache")
+    assert refused.exit_code == 2
+    assert "LELORA_CACHE_GB must be a number" in refused.output

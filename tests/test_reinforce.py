@@ -259,3 +259,15 @@ def test_states_for_other_features_or_settings_are_refused() -> None:
     deeper = make_agent("reinforce", ToyEnv(num_matrices=20), hidden=(8,))
     with pytest.raises(LeLoRAError, match="does not fit this environment"):
         deeper.load_state_dict(agent.state_dict())
+
+
+def test_a_state_saved_with_another_devices_kernels_loads() -> None:
+    env = ToyVectorEnv(2)
+    agent = make_agent("reinforce", env, seed=0)
+    run(env, agent, env_steps=3, seed=0)
+    state = agent.state_dict()
+    for group in state["optimiser"]["param_groups"]:
+        group["capturable"], group["fused"] = True, True
+    other = make_agent("reinforce", env, seed=1)
+    other.load_state_dict(state)
+    run(env, other, env_steps=2, seed=0)

@@ -256,3 +256,31 @@ def test_gymnasium_wrappers_accept_the_native_environment() -> None:
         assert ["episode" in info for info in listed] == [step == 1] * 2
         if step == 1:
             assert [info["episode"]["r"] for info in listed] == pytest.approx(total.tolist())
+
+
+def test_a_state_goes_into_several_lanes_and_no_others() -> None:
+    env = make_lanes(4)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    states = [env.get_state(lane) for lane in range(4)]
+    env.set_state(states[1], [3, 0, 3, 3])  # named more than once
+    for lane, expected in enumerate((1, 1, 2, 1)):
+        found = env.get_state(lane)
+        assert all(torch.equal(value, states[expected][key]) for key, value in found.items()), lane
+    env.set_state(states[2])
+    assert all(torch.equal(env.get_state(3)[key], value) for key, value in states[2].items())
+
+
+def test_a_few_lanes_and_many_lanes_are_reset_to_the_same_start() -> None:
+    """Few lanes are measured one by one, many in one pass; on the built-in instance the bits are the same."""
+    found = []
+    for lanes in (4, 40):
+        env = make_lanes(lanes)
+        env.reset(seed=0)
+        env.step(np.ones_like(env.action_space.sample()))
+        mask = np.arange(lanes) == 1
+        observation, infos = env.reset(seed=None, options={"reset_mask": mask})
+        found.append((observation[1], infos["L1"][1], env.get_state(1)["rows.32"]))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
