@@ -28,8 +28,8 @@ _DEFICIENT = 1e-7
 _SIGN_TIE = 1e-6
 """Entries of v whose magnitudes differ by less than this share count as equal when the sign is chosen."""
 
-_CHUNK_ENTRIES = 2**26
-"""Default limit on the entries of the matrices that are decomposed together (fp64: 512 MiB a copy)."""
+_CHUNK_ENTRIES = 2**23
+"""Default limit on the entries of the matrices that are decomposed together (fp64: 64 MiB a copy)."""
 
 
 @dataclass(frozen=True)
