@@ -95,15 +95,16 @@ class Reinforce:
     """A policy network trained by REINFORCE, one update per env step over all lanes (an `Agent`)."""
 
     def __init__(self, spec: AgentSpec, *, preset: str = "paper", seed: int = 0, device: str | None = None,
-                 policy: nn.Module | None = None, **options: Any) -> None:
+                 cuda_graphs: bool = True, policy: nn.Module | None = None, **options: Any) -> None:
         """Build network, optimiser and a noise generator of its own.
 
         Args:
             spec: What is observed and chosen.
             preset: A name in `PRESETS`.
             seed: Seed of the initial weights and of the sampling noise.
-            device: Torch device of the network; ``None`` = the environment's. On CUDA, acting and
-                learning run as recorded graphs.
+            device: Torch device of the network; ``None`` = the environment's.
+            cuda_graphs: On CUDA, record acting and learning once and replay them. A `policy` of your own must then
+                be made of tensor operations alone: what Python decides in it is decided once.
             policy: A network to train instead of the preset's `PerMatrixPolicy`: (L, M, F) ->
                 rank logits (L, M, R) and location logits (L, M, S).
             **options: Fields of `ReinforceConfig` that differ from the preset.
@@ -131,6 +132,7 @@ class Reinforce:
         self.generator = torch.Generator().manual_seed(seed)
         self._rank_mask = torch.as_tensor(spec.rank_mask, device=self.device)
         self._location_mask = torch.as_tensor(spec.location_mask, device=self.device)
+        self._captures = cuda_graphs and on_gpu
         self._record()
 
     def _own_kernels(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class Reinforce:
 
     def _record(self) -> None:
         """Forget recorded graphs and their inputs: they hold the addresses of tensors that have been replaced."""
-        captures = self.device.type == "cuda"
+        captures = self._captures
         self._inputs: dict[str, Tensor] = {}
         self._choose = Captured("agent's choice", self._draw, captures)
         self._follow = Captured("agent's gradient", self._differentiate, captures)
@@ -174,7 +176,8 @@ class Reinforce:
             self._record()
         for name, value in values.items():
             if name not in self._inputs:
-                self._inputs[name] = value.to(self.device, copy=True)
+                with torch.inference_mode(False):
+                    self._inputs[name] = value.to(self.device, copy=True)
             else:
                 self._inputs[name].copy_(value, non_blocking=True)
 
@@ -227,10 +230,12 @@ class Reinforce:
 
     def _step(self, transition: Transition, advantage: Array, weight: Array) -> dict[str, float]:
         """Follow the policy gradient once; `advantage` and `weight` (of a lane in the mean) are (L,) float64."""
-        self._check(transition.observation)
-        lanes = len(advantage)
-        self._put(observation=torch.from_numpy(transition.observation),
-                  choice=torch.from_numpy(transition.action).reshape(lanes, -1, 2),
+        lanes = np.arange(len(advantage))
+        rows = np.where(weight > 0, lanes, lanes[weight > 0][0])  # a lane that does not count repeats one that does
+        observation, action = transition.observation[rows], transition.action[rows]
+        self._check(observation)
+        self._put(observation=torch.from_numpy(observation),
+                  choice=torch.from_numpy(action).reshape(len(lanes), -1, 2),
                   advantage=torch.from_numpy(advantage).float(), weight=torch.from_numpy(weight).float())
         names = ("loss", "entropy", "log_prob", "gradient_norm")
         scalars = dict(zip(names, self._follow().tolist(), strict=True))
@@ -248,9 +253,9 @@ class Reinforce:
         loss = -(weight * self._inputs["advantage"] * log_prob).sum()
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if gradient is not None:
+            if gradient is None or parameter.grad is None:
+                parameter.grad = gradient
+            else:
                 parameter.grad.copy_(gradient)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None]))
         entropy = (weight * distribution.entropy().mean(dim=1)).sum()

@@ -152,6 +152,11 @@ class Bank:
 
 
 def lane_bytes(spectrum: Spectrum) -> int:
-    """Device memory of one more lane: rows, gradient, two moments, and the rows before a step in fp32; factors."""
+    """Device memory of one more lane, its forward and backward passes not counted.
+
+    Rows, gradient, two moments and the rows before a step in fp32, factors in the model's type; and while it is
+    measured three variants of the rows and five inner products of every two components of a matrix.
+    """
     numbers = sum(reference.numel() for reference in spectrum.reference.values())
-    return numbers * (5 * 4 + spectrum.residual[0].element_size())
+    pairs = sum(2 * group.rows * len(group.components) for group in spectrum.layout.groups)
+    return numbers * (8 * 4 + spectrum.residual[0].element_size()) + 5 * 4 * pairs

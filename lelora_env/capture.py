@@ -110,6 +110,8 @@ class Captured(Generic[T]):
                 with _no_collection(), self._recording(graph):
                     self.result = self.function()
         except torch.cuda.OutOfMemoryError:
+            if self.pool is not None:
+                self.pool.renew()
             raise
         except RuntimeError as error:
             self.enabled = False

@@ -221,26 +221,29 @@ def train(
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every entry.")] = False,
     keep_gb: Annotated[float | None, typer.Option(
-        min=0, help="Remove what was not used for longest until this many gigabytes are left.")] = None,
+        help="Remove what was not used for longest until this many gigabytes are left.")] = None,
 ) -> None:
     """Show or empty the folder of decompositions (set by LELORA_CACHE and LELORA_CACHE_GB)."""
     with plain_errors():
-        from lelora_env.cache import cache_folder, entries, prune, size_limit
+        from lelora_env.cache import cache_folder, entries, prune, size_limit, to_bytes
 
         folder, limit = cache_folder(), size_limit()
+        if clear and keep_gb is not None:
+            raise LeLoRAError("--clear and --keep-gb exclude each other: give one of them")
         if folder is None:
-            typer.echo("the cache is off (LELORA_CACHE=off)")
+            typer.echo("the cache is off (LELORA_CACHE)")
             return
         if clear or keep_gb is not None:
-            removed = prune(folder, 0 if clear else int(1e9 * (keep_gb or 0)))
+            removed = prune(folder, 0 if clear else to_bytes(keep_gb or 0), everything=clear)
             typer.echo(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e9:.3f} GB")
         found = entries(folder)
         typer.echo(f"{folder}: {len(found)} entries, {sum(entry.size for entry in found) / 1e9:.3f} GB of at most "
                    f"{limit / 1e9:g} GB")
         for entry in found:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-            typer.echo(f"  {entry.path.name[:12]}  {entry.size / 1e6:9.1f} MB  used {used}  {len(entry.matrices)} x "
-                       f"{entry.shape[0]}x{entry.shape[1]}  {entry.matrices[0]}, ...")
+            what = f"{len(entry.matrices)} x {entry.shape[0]}x{entry.shape[1]}  {entry.matrices[0]}, ..." \
+                if entry.matrices else "(cannot be read)"
+            typer.echo(f"  {entry.path.name[:12]}  {entry.size / 1e6:9.1f} MB  used {used}  {what}")
 
 
 def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:

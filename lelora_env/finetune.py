@@ -91,6 +91,7 @@ class FineTuner:
                              "one at a time (it mixes rows). Leave activation_checkpointing out, or use one lane.")
         self.scorer = Scorer(self.passes, task, self.splits, reward_rows)
         self.pool = SharedPool() if self.captures else None
+        self._stepping = np.ones(lanes, dtype=bool)
         self._side = SideStream() if self.captures else None
         self._train_step: dict[int, Captured[None]] = {}
 
@@ -147,8 +148,14 @@ class FineTuner:
         Args:
             lane: Which lane.
             rows: Per buffer, (N, D).
+
+        Raises:
+            ModelError: They hold NaN or infinity; nothing has been changed then.
         """
         with torch.no_grad():
+            for name in self.bank.rows:
+                if not bool(rows[name].isfinite().all()):
+                    raise ModelError(f"the rows {name!r} hold NaN or infinity; nothing has been changed.")
             for name, parameter in self.bank.rows.items():
                 parameter[lane].copy_(rows[name])
                 for key in OWN_STATE:
@@ -189,6 +196,7 @@ class FineTuner:
     def _advice(self, width: int) -> str:
         config = self.config
 
+        @torch.enable_grad()
         def try_rows(rows: int) -> None:
             batch = self.batches.gather(self.inputs.indices[:, :1].expand(-1, rows).clamp_min(0), width)
             _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
@@ -199,7 +207,8 @@ class FineTuner:
         """A stream for the bank's gradients, where all that they are computed from can be held till the pass ends."""
         rows = self.lanes * self.config.batch_size // self.config.accumulate
         numbers = sum(m.out_features + m.in_features for m in self.base.matrices)
-        return self._side if 2 * rows * max(1, width) * numbers <= SMALL_PASS else None
+        size = self.base.spectrum.residual[0].element_size()
+        return self._side if size * rows * max(1, width) * numbers <= SMALL_PASS else None
 
     @torch.enable_grad()
     def _step(self, width: int) -> None:

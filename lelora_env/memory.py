@@ -68,20 +68,23 @@ def training_advice(
         try_rows: Runs a training step of so many rows a lane, without leaving a trace.
     """
     part = batch_size // accumulate
-    fit = rows_that_fit(device, try_rows)
+    fit = min(rows_that_fit(device, try_rows), part - 1)  # an estimate: what has just failed does not fit
     said = (f"out of memory on {device}: a training step of {_size(lanes, part, width)} does not fit in the "
             f"{free_bytes(device) / GIB:.1f} GiB that are free.")
     if fit < 1:
         return said + " Not even one row a lane fits: use fewer lanes, shorter rows, or activation_checkpointing=True."
     parts = next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= fit)
-    return (f"{said} About {fit} rows a lane fit at once: set accumulate={parts} (the same batch in more parts), or "
-            f"at most {max(1, fit * lanes // part)} lanes, or activation_checkpointing=True, or shorter rows.")
+    fewer = fit * lanes // part
+    lanes_too = f"or at most {fewer} {'lane' if fewer == 1 else 'lanes'}, " if fewer else ""
+    return (f"{said} About {fit} {'row' if fit == 1 else 'rows'} a lane fit at once: set accumulate={parts} (the same "
+            f"batch in more parts), {lanes_too}or activation_checkpointing=True, or shorter rows.")
 
 
 def forward_advice(lanes: int, rows: int, width: int, device: torch.device) -> str:
     """What to do about a pass over reward or evaluation rows that does not fit."""
     return (f"out of memory on {device}: a forward pass of {_size(lanes, rows, width)} does not fit in the "
-            f"{free_bytes(device) / GIB:.1f} GiB that are free. Use fewer lanes, shorter rows, or dtype='bfloat16'.")
+            f"{free_bytes(device) / GIB:.1f} GiB that are free, or what is measured beside it does not. Use fewer "
+            "lanes, shorter rows, a smaller rank_set, or a model in bf16.")
 
 
 def lanes_advice(lanes: int, a_lane: int, device: torch.device) -> str:
@@ -93,8 +96,9 @@ def lanes_advice(lanes: int, a_lane: int, device: torch.device) -> str:
         device: Where they did not fit.
     """
     free = free_bytes(device)
+    fit = min(free // max(1, a_lane), lanes - 1)  # an estimate: what has just failed does not fit
     return (f"out of memory on {device}: {lanes} lanes need {lanes * a_lane / GIB:.2f} GiB for their trained numbers, "
-            f"gradients and optimiser state, {free / GIB:.2f} GiB are free. At most {free // max(1, a_lane)} lanes fit,"
+            f"gradients and optimiser state, {free / GIB:.2f} GiB are free. At most {fit} of them fit,"
             " fewer once they train; a smaller rank_set or fewer target_modules make a lane smaller.")
 
 

@@ -206,11 +206,7 @@ class ModelSource:
         )
         if "gguf_file" in options:
             model = without_quantisation(model, auto, dtype)
-        device = self.device(env)
-        try:
-            model = model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"cannot move the model to device={device!r}: {error}") from error
+        model = moved(model, self.device(env))
         fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
         fresh |= {key[0].rpartition(".")[0] for key in report.get("mismatched_keys", ())}
         missing = sorted(fresh - set(head_modules(model)))
@@ -218,6 +214,18 @@ class ModelSource:
             logger.warning("%s has no weights for %s: they are frozen at a fixed random draw", self.path,
                            ", ".join(missing))
         return _decompose(model, adapter, owned=True, fresh=frozenset(fresh))
+
+
+def moved(model: nn.Module, device: str) -> nn.Module:
+    """The model on a device.
+
+    Raises:
+        ModelError: There is no such device here, or not enough memory on it.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot move the model to device={device!r}: {error}") from error
 
 
 def _decompose(model: nn.Module, adapter: AdapterConfig, *, owned: bool, fresh: frozenset[str]) -> Base:

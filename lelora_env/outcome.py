@@ -102,11 +102,18 @@ class Measurement:
             observation=flat[(5 + 2 * matrices) * lanes :].reshape(lanes, matrices, -1),
         )
 
-    @torch.no_grad()
+    def reward_loss(self, lane: int) -> float:
+        """One lane's loss on the reward rows."""
+        return float(within_memory(lambda: self.tuner.reward_loss(lane), lambda: self.tuner.scorer.advice))
+
     def observe(self, progress: np.ndarray) -> np.ndarray:
         """The observation alone, (L, M, F)."""
         self.progress.copy_(torch.from_numpy(progress), non_blocking=True)
-        return self.observer.observe(self.grams(), self.progress, self.extras).cpu().numpy()
+        return within_memory(self._observe, lambda: self.tuner.scorer.advice).cpu().numpy()
+
+    @torch.no_grad()
+    def _observe(self) -> Tensor:
+        return self.observer.observe(self.grams(), self.progress, self.extras)
 
     @torch.no_grad()
     def _measure(self) -> Tensor:

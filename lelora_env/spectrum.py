@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lelora_env.allocation import ChoiceTable
 from lelora_env.cache import decompose_once
 from lelora_env.config import AdapterConfig
 from lelora_env.matrices import MatrixInfo, linear_weight
+from lelora_env.spectra import Decomposition
 
 PROBE_TOLERANCE = 0.05
 """How far two weights' projections may lie apart (1 = typical size) and still count as one weight."""
@@ -140,7 +142,7 @@ class Spectrum:
         scale: (M,) fp32: the constant c of ``unit``; ones otherwise.
         parametrisation: ``"usv"``, ``"sqrt"`` or ``"unit"``.
         residual: Per shape group, (G, O, I): the frozen rest W - bank.
-        residual_norm2: (M,) fp64: ‖W - bank‖².
+        residual_norm2: (M,) fp64: ‖residual‖², as it is stored.
         structure: Hash of matrix names, bank components and parametrisation.
         probe: (M, 2) fp64: a fixed projection of each pretrained weight, normalised, and ln c; tells
             whether trained rows belong to this model.
@@ -198,17 +200,19 @@ def build_spectrum(
         structure=_structure(matrices, layout, config),
     )
     with tqdm(total=len(matrices), desc="decomposing", unit="matrix", delay=2.0, leave=False, disable=None) as bar:
+        decomposing = partial(decompose_once, on_done=bar.update, used=set())
         for group in layout.groups:
-            _split_group(spectrum, group, weights, [matrices[m].name for m in group.matrices], config, bar.update)
+            names = [matrices[m].name for m in group.matrices]
+            _split_group(spectrum, group, weights, config, partial(decomposing, names=names))
     return spectrum
 
 
 def _split_group(
-    spectrum: Spectrum, group: ShapeGroup, weights: "WeightSource", names: list[str], config: AdapterConfig,
-    on_done: Callable[[int], object],
+    spectrum: Spectrum, group: ShapeGroup, weights: "WeightSource", config: AdapterConfig,
+    decomposing: Callable[[Tensor, tuple[int, ...]], Decomposition],
 ) -> None:
     stacked = weights.take(group)  # (G, O, I)
-    parts = decompose_once(stacked, group.components, names=names, on_done=on_done)
+    parts = decomposing(stacked, group.components)
     members = group.index
     spectrum.singular_values[members, : parts.singular_values.shape[1]] = parts.singular_values.float()
     values = parts.singular_values[:, list(group.components)]  # (G, K)
@@ -229,8 +233,8 @@ def _split_group(
     scaled, plain = factors(spectrum.reference, group, spectrum.scale)
     for i, matrix in enumerate(group.matrices):  # one fp64 matrix at a time: memory of one, not of G
         rest = stacked[i].double() - scaled[i].double().T @ plain[i].double()
-        spectrum.residual_norm2[matrix] = rest.square().sum()
         stacked[i] = rest.to(stacked.dtype)
+        spectrum.residual_norm2[matrix] = stacked[i].double().square().sum()
     spectrum.residual.append(stacked)
 
 

@@ -20,13 +20,13 @@ from lelora_env.allocation import action_masks, build_choice_table, component_ma
 from lelora_env.arguments import check_vocabulary, checked_mode, lane_list, lane_seeds, reset_mask
 from lelora_env.bank import lane_bytes
 from lelora_env.config import split_options
-from lelora_env.errors import DataError, LeLoRAError, ModelError, NotReadyError
+from lelora_env.errors import DataError, LeLoRAError, MemoryLimitError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner, put_lanes
 from lelora_env.infos import Infos, add, split
 from lelora_env.memory import lanes_advice, within_memory
-from lelora_env.models import Base, ModelSource
-from lelora_env.outcome import Measurement
+from lelora_env.models import Base, ModelSource, moved
+from lelora_env.outcome import Measurement, Outcome
 from lelora_env.reference import ByReference, by_reference_spec, plain_options
 from lelora_env.tasks import make_task
 from lelora_env.tasks.base import Splits, Task
@@ -112,7 +112,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if build is None:
                 raise LeLoRAError(f"the task {self.task.name!r} needs a model: give model= a local folder, a hub id "
                                   "or an nn.Module.")
-            model = build().to(self.env_config.device or "cpu")
+            model = moved(build(), self.env_config.device or "cpu")
         elif hasattr(self.task, "build_model"):
             raise LeLoRAError(f"the task {self.task.name!r} brings its own model; leave model out (or 'built-in' on "
                               "the command line).")
@@ -254,7 +254,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             losses, observation = outcome.losses, outcome.observation
         else:  # few lanes: only what is needed, the other lanes' losses are known
             for lane in np.flatnonzero(mask):
-                losses[lane] = float(self.tuner.reward_loss(int(lane)))
+                losses[lane] = self._measure.reward_loss(int(lane))
             observation = self._measure.observe(progress)
         if not np.isfinite(losses[mask]).all():
             raise ModelError("the loss of the untrained model on the reward rows is not finite: the model holds NaN or "
@@ -289,6 +289,8 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             NotReadyError: Before ``reset``, or for a finished lane with autoreset disabled.
             ActionError: Wrong shape, type or range; nothing has changed.
+            MemoryLimitError: The device's memory does not suffice. Unless the message says that the step broke off
+                half-way, nothing has been trained.
         """
         tuner, clocks = self.tuner, self._clocks
         resetting = clocks.finished.copy()
@@ -299,12 +301,7 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         running = ~resetting
         for lane in np.flatnonzero(resetting):
             self._start_lane(int(lane), None)
-        self._measure.begin()
-        tuner.begin(component_mask(allocation, self.table), running)
-        tuner.train(self.env_config.steps_per_action)
-        self._measure.launch((clocks.env_steps + running) / self.horizon, running)
-        tuner.inputs.prefetch()
-        outcome = self._measure.fetch()
+        outcome = self._train_and_measure(tuner, component_mask(allocation, self.table), running)
         account = self._accountant.account(allocation, outcome, clocks, running)
         observations = outcome.observation
         clocks.losses = np.where(running & ~account.diverged | resetting, outcome.losses, clocks.losses)
@@ -322,6 +319,21 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if clocks.finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             observations, infos = self._reset_in_place(observations, infos)
         return observations, account.rewards, terminated, truncated, infos
+
+    def _train_and_measure(self, tuner: FineTuner, mask: Tensor, running: np.ndarray) -> Outcome:
+        steps = tuner.steps.copy()
+        try:
+            self._measure.begin()
+            tuner.begin(mask, running)
+            tuner.train(self.env_config.steps_per_action)
+            self._measure.launch((self._clocks.env_steps + running) / self.horizon, running)
+            tuner.inputs.prefetch()
+            return self._measure.fetch()
+        except MemoryLimitError as error:
+            if (tuner.steps == steps).all():
+                raise
+            self._clocks.finished |= running
+            raise MemoryLimitError(f"{error} The env step broke off half-way: reset the lanes.") from None
 
     def _without(self, actions: np.ndarray, resetting: np.ndarray) -> np.ndarray:
         """The actions with those of lanes that are merely reset blanked out."""

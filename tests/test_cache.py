@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_a_disk_that_is_full_costs_the_entry_only(
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with caplog.at_level(logging.WARNING):
         found = made()
     assert "No space left on device" in caplog.text
@@ -172,6 +173,52 @@ def test_processes_that_build_the_same_entry_at_once_agree(folder: Path) -> None
     assert [path.name for path in folder.iterdir()] == [entries(folder)[0].path.name]
 
 
+def test_an_entry_that_vanishes_while_it_is_read_is_made_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = made()
+    read = Path.read_bytes
+
+    def late(path: Path) -> bytes:
+        prune(folder, 0)
+        return read(path)
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", late)
+    with caplog.at_level(logging.WARNING):
+        assert same(made(), fresh)
+    assert caplog.text == ""  # it is nobody's fault
+
+
+def test_an_entry_under_another_ones_name_is_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = made(0)
+    made(1)
+    one, other = (folder / entry_key(weights(seed), COMPONENTS) for seed in (0, 1))
+    shutil.rmtree(one)
+    shutil.copytree(other, one)
+    with caplog.at_level(logging.WARNING):
+        assert same(made(0), fresh)
+    assert "made anew" in caplog.text
+
+
+def test_the_groups_of_one_model_stay_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the limit: otherwise each would push out the one before, and nothing would ever be found."""
+    monkeypatch.setenv("LELORA_CACHE_GB", "1e-7")
+    for _ in range(2):
+        env = make_lanes(1)
+        env.reset(seed=0)
+        assert len(entries(folder)) == 3
+        monkeypatch.setattr(cache, "decompose", refuse)
+
+
+@pytest.mark.parametrize("named", ["off", "OFF", "0", "none", "False", "~nobody-of-that-name/x"])
+def test_off_and_folders_that_cannot_be(named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LELORA_CACHE", named)
+    monkeypatch.setenv("LELORA_CACHE_GB", "not read then")
+    made()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_not_used_for_longest_goes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         made(seed)
@@ -188,6 +235,9 @@ def test_what_was_not_used_for_longest_goes_first(folder: Path, monkeypatch: pyt
 
 def test_leftovers_of_killed_processes_are_removed(folder: Path) -> None:
     made()
+    [entry] = entries(folder)
+    (entry.path / "entry.json").write_text("{")
+    assert entries(folder)[0].matrices == ()  # listed, and pruned, all the same
     old, new = folder / ".unfinished-old", folder / ".unfinished-new"
     for path in (old, new):
         path.mkdir()
@@ -195,7 +245,8 @@ def test_leftovers_of_killed_processes_are_removed(folder: Path) -> None:
     assert prune(folder, 10**9) == []
     assert not old.exists()
     assert new.exists()
-    assert len(prune(folder, 0)) == 1
+    assert len(prune(folder, 0, everything=True)) == 1
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", ["much", "-1", "nan", "inf"])

@@ -372,6 +372,8 @@ def test_cache_shows_prunes_and_empties(tmp_path: Path, monkeypatch: pytest.Monk
     assert "2 entries" in shown.output
     assert shown.output.count("2 x 8x12  layer.0.query, ...") == 2
     assert "removed 0 entries" in lelora("cache", "--keep-gb", "1").output
+    for wrong in (("--keep-gb", "inf"), ("--keep-gb", "-1"), ("--clear", "--keep-gb", "1")):
+        assert lelora("cache", *wrong).exit_code == 2
     assert "removed 2 entries" in lelora("cache", "--clear").output
     assert "0 entries" in lelora("cache").output
     assert list((tmp_path / "cache").iterdir()) == []

@@ -271,3 +271,41 @@ def test_a_state_saved_with_another_devices_kernels_loads() -> None:
     other = make_agent("reinforce", env, seed=1)
     other.load_state_dict(state)
     run(env, other, env_steps=2, seed=0)
+
+
+def test_a_lane_that_is_left_out_may_hold_anything() -> None:
+    env = ToyVectorEnv(2)
+    observation = env.reset()[0]
+    agents = [make_agent("reinforce", env, seed=0) for _ in range(2)]
+    nothing = np.zeros(2, dtype=bool)
+    for agent, spoilt in zip(agents, (False, True), strict=True):
+        action = agent.act(observation)
+        seen = observation.copy()
+        if spoilt:
+            seen[1] = np.nan
+        scalars = agent.update(Transition(seen, action, np.array([1.0, np.nan]), nothing, nothing, {}, observation))
+        assert scalars["skipped_lanes"] == 1
+    one, two = (agent.state_dict()["policy"] for agent in agents)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_parameters_outside_the_loss_stay_as_they_are() -> None:
+    """Also if an earlier training has left a gradient behind, as pre-training by imitation does."""
+    env = ToyVectorEnv(1, num_matrices=4)
+    policy = Table(4)
+    policy.unused = nn.Parameter(torch.ones(3))
+    policy.unused.grad = torch.ones(3)
+    agent = Reinforce(AgentSpec.from_env(env), policy=policy, seed=0)
+    run(env, agent, env_steps=3, seed=0)
+    assert torch.equal(policy.unused, torch.ones(3))
+
+
+def test_acting_in_inference_mode_does_not_hinder_learning() -> None:
+    env = ToyVectorEnv(1)
+    observation = env.reset()[0]
+    agent = make_agent("reinforce", env, seed=0)
+    nothing = np.zeros(1, dtype=bool)
+    with torch.inference_mode():
+        action = agent.act(observation)
+    scalars = agent.update(Transition(observation, action, np.ones(1), nothing, nothing, {}, observation))
+    assert scalars["gradient_norm"] > 0
