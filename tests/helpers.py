@@ -71,12 +71,12 @@ def action_for(env: LeLoRAVectorEnv, rank_index: int, location_index: int) -> np
 def dense_weights(env: LeLoRAVectorEnv, lane: int) -> list[np.ndarray]:
     """Every current weight (O, I), float64, put together from residual and bank with plain NumPy."""
     bank = env.tuner.bank
-    rows = {name: value.detach()[lane].double().numpy() for name, value in bank.rows.items()}
+    rows = {name: value.detach()[lane].double().cpu().numpy() for name, value in bank.rows.items()}
     result: dict[int, np.ndarray] = {}
     for group, residual in zip(bank.spectrum.layout.groups, bank.spectrum.residual, strict=True):
         size = len(group.components)
         for i, matrix in enumerate(group.matrices):
-            total = residual[i].double().numpy().copy()
+            total = residual[i].double().cpu().numpy().copy()
             for k in range(i * size, (i + 1) * size):
                 gain = rows["sigma"][group.sigma + k, 0] if "sigma" in rows else float(bank.spectrum.scale[matrix])
                 total += gain * np.outer(rows[str(group.out_features)][group.left + k],

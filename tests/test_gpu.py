@@ -14,7 +14,7 @@ from lelora_env import fused
 from lelora_env.errors import MemoryLimitError
 from lelora_env.optim import MaskedAdamW
 from tests.families import FAMILIES, tiny_model
-from tests.helpers import TokenTask, make_lanes
+from tests.helpers import TokenTask, dense_weights, make_lanes
 
 pytestmark = pytest.mark.gpu
 
@@ -197,3 +197,43 @@ def test_an_agents_state_continues_on_a_gpu() -> None:
     cpu.load_state_dict(state)
     other.load_state_dict(cpu.state_dict())
     assert go(other, 1) == go(cpu, 1)
+
+
+@pytest.mark.parametrize("parametrisation", ["usv", "sqrt", "unit"])
+def test_norms_are_exact_for_a_bf16_model(parametrisation: str) -> None:
+    model = tiny_model("bert", num_labels=3).to("cuda", torch.bfloat16)
+    env = make_lanes(2, model=model, task=TokenTask(), **{**TINY, "parametrisation": parametrisation,
+                                                         "raw_observation": True, "learning_rate": 0.05})
+    env.reset(seed=0)
+    for _ in range(3):
+        observation = env.step(env.action_space.sample())[0]
+    for lane in range(2):
+        exact = [np.linalg.norm(weight) for weight in dense_weights(env, lane)]
+        np.testing.assert_allclose(observation[lane, :, 2], exact, rtol=1e-5)
+
+
+def test_an_agent_without_graphs_does_the_same() -> None:
+    curves = []
+    for graphs in (True, False):
+        env = make_lanes(2, device="cpu", horizon=30)
+        agent = make_agent("reinforce", env, seed=0, device="cuda", cuda_graphs=graphs)
+        curves.append([reward.tolist() for reward in run(env, agent, env_steps=12, seed=0).rewards])
+        assert (agent._choose.graph is not None) == graphs  # type: ignore[attr-defined]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+
+
+def test_a_step_can_be_captured_after_memory_ran_out() -> None:
+    env = make_lanes(2, model=tiny_model("bert", num_labels=3).to("cuda"), task=TokenTask(), **TINY)
+    env.reset(seed=0)
+    step, env.tuner._step = env.tuner._step, _no_memory  # type: ignore[method-assign]
+    with pytest.raises(MemoryLimitError):
+        env.step(env.action_space.sample())
+    env.tuner._step = step  # type: ignore[method-assign]
+    env.tuner._train_step.clear()
+    for _ in range(3):
+        env.step(env.action_space.sample())
+    assert all(captured.graph is not None for captured in env.tuner._train_step.values())
+
+
+def _no_memory(width: int) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
