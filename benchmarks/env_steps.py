@@ -132,8 +132,10 @@ def agents_share(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     def observe() -> torch.Tensor:
         return env._measure.observer.observe(env._measure.grams(), env._measure.progress, env._measure.extras)
 
-    def norms() -> torch.Tensor:
-        return weight_norms(env._measure.grams(), env.tuner.base.spectrum)
+    products = env._measure.grams()
+
+    def norms() -> torch.Tensor:  # the inner products are needed without them too
+        return weight_norms(products, env.tuner.base.spectrum)
 
     with torch.no_grad():
         calls = {"env_step": lambda: env.step(action), "act": lambda: agent.act(observation),

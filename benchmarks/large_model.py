@@ -89,12 +89,12 @@ def measure_everything(folder: Path, repeats: int) -> dict[str, float]:
     after, reward, terminated, truncated, info = env.step(action)
     transition = Transition(observation, action, reward, terminated, truncated, info, after)
     measure, spectrum = env._measure, env.tuner.base.spectrum
-    observe = measure.observer.observe
+    observe, products = measure.observer.observe, measure.grams()
     with torch.no_grad():
         small = in_turn({
             "act": lambda: agent.act(observation), "update": lambda: agent.update(transition),
             "observation": recorded(lambda: observe(measure.grams(), measure.progress, measure.extras)),
-            "norm": recorded(lambda: weight_norms(measure.grams(), spectrum)),
+            "norm": recorded(lambda: weight_norms(products, spectrum)),
         }, 5, 2)
     step = median(lambda: env.step(action), max(2, repeats // 4), 1)
     whole = step + small["act"] + small["update"]

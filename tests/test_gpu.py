@@ -223,7 +223,8 @@ def test_an_agent_without_graphs_does_the_same() -> None:
 
 
 def test_a_step_can_be_captured_after_memory_ran_out() -> None:
-    env = make_lanes(2, model=tiny_model("bert", num_labels=3).to("cuda"), task=TokenTask(), **TINY)
+    model = tiny_model("bert", num_labels=3, attention="sdpa").to("cuda")
+    env = make_lanes(2, model=model, task=TokenTask(), **TINY)
     env.reset(seed=0)
     step, env.tuner._step = env.tuner._step, _no_memory  # type: ignore[method-assign]
     with pytest.raises(MemoryLimitError):
