@@ -6,6 +6,8 @@ masked-out row costs one look at its mask, so a step costs what it trains and no
 Shapes: L lanes · N rows · D numbers a row.
 """
 
+import functools
+import logging
 import math
 from typing import Any
 
@@ -19,14 +21,29 @@ try:
 except ImportError:  # builds of torch without CUDA come without it
     triton = None
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 1024
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether `update` takes these tensors: fp32, contiguous, on CUDA, with Triton at hand."""
-    return triton is not None and all(
-        t is None or (t.is_cuda and t.dtype == torch.float32 and t.is_contiguous()) for t in tensors
-    )
+    """Whether `update` takes these tensors: fp32, contiguous, on CUDA, with a Triton that works at hand."""
+    fit = all(t is None or (t.is_cuda and t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+    return triton is not None and fit and compiles()
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether Triton can build the kernel here (it needs a C compiler); if not, a warning says why, once."""
+    try:
+        one = torch.zeros(1, 1, 1, device="cuda")
+        state = {"exp_avg": one.clone(), "exp_avg_sq": one.clone(), "step": one.clone(), "mask": one.bool()}
+        update(one, one, state, None, one.view(1), one.view(1), {"betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0})
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("the optimiser runs without its fused kernel (slower): %s", reason)
+        return False
+    return True
 
 
 def update(

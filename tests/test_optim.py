@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lelora_env import fused
 from lelora_env.errors import LeLoRAError
 from lelora_env.optim import MaskedAdamW, lane_grad_norm, linear_schedule
 
@@ -371,3 +372,21 @@ def test_bad_shapes_change_nothing() -> None:
     assert all(optimiser.state[param]["mask"].all() for param in params)
     with pytest.raises(LeLoRAError, match="total must be at least 1"):
         linear_schedule(0, 0)
+
+
+def test_a_triton_that_cannot_compile_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(fused, "update", no_compiler)
+    monkeypatch.setattr("torch.zeros", lambda *shape, device: zeros(*shape))
+    fused.compiles.cache_clear()
+    try:
+        assert [fused.compiles() for _ in range(3)] == [False] * 3
+    finally:
+        fused.compiles.cache_clear()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["the optimiser runs without its fused kernel (slower): Failed to find C compiler"]
