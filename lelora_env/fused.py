@@ -36,9 +36,9 @@ def usable(*tensors: Tensor | None) -> bool:
 def compiles() -> bool:
     """Whether Triton can build the kernel here (it needs a C compiler); if not, a warning says why, once."""
     try:
-        one = torch.zeros(1, 1, 1, device="cuda")
-        state = {"exp_avg": one.clone(), "exp_avg_sq": one.clone(), "step": one.clone(), "mask": one.bool()}
-        update(one, one, state, None, one.view(1), one.view(1), {"betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0})
+        rows, counter, lane = (torch.zeros(*shape, device="cuda") for shape in ((1, 3, 8), (1, 3, 1), (1,)))
+        state = {"exp_avg": rows.clone(), "exp_avg_sq": rows.clone(), "step": counter, "mask": counter.bool()}
+        update(rows, rows, state, None, lane, lane, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("the optimiser runs without its fused kernel (slower): %s", reason)
