@@ -18,18 +18,26 @@ from lelora_env.errors import LeLoRAError
 class RandomAllocation:
     """Draws every rank and every location anew at every env step, uniformly over the legal ones.
 
-    The mandatory control: per-step re-drawing alone moves a run's score, without any learning.
+    The mandatory control: per-step re-drawing alone moves a run's score, without any learning. `frozen` draws once
+    and keeps to it: the control for what re-drawing itself does.
     """
 
-    def __init__(self, spec: AgentSpec, *, seed: int = 0) -> None:
-        """Only a generator is kept; it neither reads nor moves the global one."""
-        self.spec = spec
+    def __init__(self, spec: AgentSpec, *, frozen: bool = False, seed: int = 0) -> None:
+        """Only a generator is kept, and the draw where it is `frozen`; it neither reads nor moves the global one."""
+        self.spec, self.frozen = spec, frozen
         self.generator = torch.Generator().manual_seed(seed)
+        self._kept: Array | None = None
 
     def act(self, observation: Array) -> Array:
         """Draw (L, 2M) int64 choices; the observation gives only the number of lanes."""
+        if self.frozen and self._kept is not None and len(self._kept) == len(observation):
+            return self._kept.copy()
+        self._kept = self._draw(len(observation))
+        return self._kept.copy()
+
+    def _draw(self, lanes: int) -> Array:
         masks = torch.as_tensor(self.spec.rank_mask), torch.as_tensor(self.spec.location_mask)
-        flat = [torch.zeros(len(observation), *mask.shape) for mask in masks]
+        flat = [torch.zeros(lanes, *mask.shape) for mask in masks]
         uniform = ActionDistribution.from_logits(*flat, rank_mask=masks[0], location_mask=masks[1])
         action: Array = uniform.sample(self.generator).flatten(1).numpy()
         return action
@@ -39,8 +47,9 @@ class RandomAllocation:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state."""
-        return {"agent": "random", "generator": self.generator.get_state()}
+        """The generator's state, and the draw that is kept."""
+        kept = self._kept.tolist() if self.frozen and self._kept is not None else None
+        return {"agent": "random", "generator": self.generator.get_state(), "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the same draws.
@@ -50,6 +59,7 @@ class RandomAllocation:
         """
         _check_kind(state, "random")
         self.generator.set_state(state["generator"])
+        self._kept = None if state.get("kept") is None else np.array(state["kept"], dtype=np.int64)
 
 
 class FixedAllocation:

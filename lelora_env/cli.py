@@ -138,13 +138,13 @@ def config_options(pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any
 class Progress:
     """A progress bar on a terminal; elsewhere a plain line at every tenth of the way."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, unit: str = "step") -> None:
         """Count up to `total`."""
-        self.total, self.started, self.bar = total, time.monotonic(), None
+        self.total, self.started, self.bar, self.done = total, time.monotonic(), None, 0
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True)
 
     def __call__(self, step: int, losses: dict[str, float]) -> None:
         """Env step `step` is done; `losses` are those of the lanes."""
@@ -154,6 +154,14 @@ class Progress:
             self.bar.update()
         elif step * 10 // self.total > (step - 1) * 10 // self.total:
             typer.echo(f"  env step {step}/{self.total}  {text}  ({time.monotonic() - self.started:.0f} s)")
+
+    def count(self, steps: int) -> None:
+        """So many more are done."""
+        self.done += steps
+        if self.bar is not None:
+            self.bar.update(steps)
+        else:
+            typer.echo(f"  {self.done}/{self.total}  ({time.monotonic() - self.started:.0f} s)")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -244,6 +252,35 @@ def cache(
             what = f"{len(entry.matrices)} x {entry.shape[0]}x{entry.shape[1]}  {entry.matrices[0]}, ..." \
                 if entry.matrices else "(cannot be read)"
             typer.echo(f"  {entry.path.name[:12]}  {entry.size / 1e6:9.1f} MB  used {used}  {what}")
+
+
+@app.command()
+def compare(
+    sweep: Annotated[str, typer.Argument(help="A TOML file of methods, problems and seeds, or a preset: planted-small.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs; a sweep that was stopped goes on there.")],
+    lanes: Annotated[int, typer.Option(min=1, help="Most runs that share a model at a time.")] = 32,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
+) -> None:
+    """Run methods x problems x seeds, and leave runs.jsonl and table.md."""
+    with plain_errors():
+        from lelora_env.compare import RunStore, load_sweep, run_sweep, summarise
+        from lelora_env.export import write_atomically
+
+        loaded, store = load_sweep(sweep), RunStore(out)
+        everything, done = loaded.runs(), store.done()
+        waiting = sum(run.key not in done for run in everything)
+        typer.echo(f"{loaded.name}: {len(loaded.methods)} methods x {len(loaded.problems)} problems x "
+                   f"{len(loaded.seeds)} seeds = {len(everything)} runs, {waiting} to be made")
+        if dry_run:
+            return
+        progress = Progress(max(1, waiting), "run")
+        try:
+            run_sweep(loaded, store, lanes=lanes, observer=lambda count: progress.count(count))
+        finally:
+            progress.close()
+        lines = summarise(store.records(), loaded).lines()
+        write_atomically(out / "table.md", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        typer.echo("\n" + "\n".join(lines) + f"\n\nRuns: {store.path}")
 
 
 def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:

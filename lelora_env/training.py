@@ -140,10 +140,13 @@ class SideBySide:
     def update(self, transition: "Transition") -> dict[str, float]:
         """Let each agent learn from its lane; scalars come back as ``<lane index>/<name>``."""
         scalars: dict[str, float] = {}
-        for i, agent in enumerate(self.agents):
-            learnt = agent.update(_lane(transition, i))
-            scalars.update({f"{i}/{name}": value for name, value in learnt.items()})
+        for i in range(len(self.agents)):
+            scalars.update({f"{i}/{name}": value for name, value in self.update_lane(i, transition).items()})
         return scalars
+
+    def update_lane(self, lane: int, transition: "Transition") -> dict[str, float]:
+        """Let one agent learn from its lane."""
+        return self.agents[lane].update(_lane(transition, lane))
 
     def state_dict(self) -> dict[str, Any]:
         """The agents' states, by lane index."""

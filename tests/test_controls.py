@@ -73,3 +73,17 @@ def test_fixed_does_what_it_says(options: dict[str, Any], expected: list[int]) -
 def test_fixed_refuses_what_cannot_be_chosen(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LeLoRAError, match=message):
         make_agent("fixed", ToyEnv(num_matrices=3, small_matrices=1), **options)
+
+
+def test_a_frozen_draw_is_kept_and_travels_with_the_state() -> None:
+    env = ToyVectorEnv(3)
+    observation = env.reset()[0]
+    agent = make_agent("random", env, seed=0, frozen=True)
+    first = agent.act(observation)
+    assert np.array_equal(agent.act(observation), first)
+    assert not np.array_equal(first[0], first[1])  # each lane has its own
+    other = make_agent("random", env, seed=1, frozen=True)
+    other.load_state_dict(agent.state_dict())
+    assert np.array_equal(other.act(observation), first)
+    moving = make_agent("random", env, seed=0)
+    assert not np.array_equal(moving.act(observation), moving.act(observation))

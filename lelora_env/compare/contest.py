@@ -1,0 +1,187 @@
+"""Running a sweep: runs that need the same environment share it, one lane each.
+
+Shapes: L lanes · M matrices.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from lelora_env.allocation import allocated_ranks, decode_action
+from lelora_env.compare.store import CRASHED, DIVERGED, FINISHED, RunStore
+from lelora_env.compare.sweep import ORACLE, Run, Sweep
+from lelora_env.config import as_options
+from lelora_env.errors import LeLoRAError, MemoryLimitError
+from lelora_env.runs import environment_facts
+from lelora_env.training import OneLane, SideBySide
+
+if TYPE_CHECKING:
+    from agents import Agent, Transition
+
+Observer = Callable[[int], object]
+"""Called with the number of runs that have just come to their end."""
+
+
+def run_sweep(sweep: Sweep, store: RunStore, *, lanes: int = 32, observer: Observer | None = None) -> None:
+    """Make every run of a sweep that the store does not have yet.
+
+    Args:
+        sweep: What is to be run.
+        store: Where lines go; what is there already is not run again.
+        lanes: Most runs that share a model at a time.
+        observer: Told of progress.
+
+    Raises:
+        LeLoRAError: `lanes` below 1, or the store cannot be written. Whatever goes wrong within runs is written down
+            as their end (``crashed``), and the sweep goes on.
+        KeyboardInterrupt: Ctrl-C; what was running is not written.
+    """
+    if lanes < 1:
+        raise LeLoRAError(f"lanes must be at least 1 (got {lanes})")
+    facts = environment_facts()
+    waiting = list(batches(sweep, store.done(), lanes))
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            records = Contest(batch).run()
+        except Exception as error:
+            smaller = _split(batch, error)
+            waiting[:0] = smaller
+            if smaller:
+                continue
+            records = [{"status": CRASHED, "reason": f"{type(error).__name__}: {error}"[:500]}] * len(batch)
+        store.add({**_about(run, sweep), **record, "about": facts} for run, record in zip(batch, records, strict=True))
+        if observer is not None:
+            observer(len(batch))
+
+
+def _split(batch: list[Run], error: Exception) -> list[list[Run]]:
+    """Smaller batches to try: method by method, so that one does not crash the others; halves where memory ran out."""
+    methods = list(dict.fromkeys(run.method.name for run in batch))
+    if len(methods) > 1:
+        return [[run for run in batch if run.method.name == name] for name in methods]
+    if isinstance(error, MemoryLimitError) and len(batch) > 1:
+        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return []
+
+
+def batches(sweep: Sweep, done: set[str], lanes: int) -> Iterator[list[Run]]:
+    """The runs that are still to be made, in groups of at most `lanes` that can share an environment."""
+    groups: dict[str, list[Run]] = {}
+    for run in sweep.runs():
+        if run.key not in done:
+            groups.setdefault(repr(sorted(run.environment.items(), key=str)), []).append(run)
+    for group in groups.values():
+        for start in range(0, len(group), lanes):
+            yield group[start : start + lanes]
+
+
+def _about(run: Run, sweep: Sweep) -> dict[str, Any]:
+    return {"key": run.key, "sweep": sweep.name, "method": run.method.name, "problem": run.problem.name,
+            "seed": run.seed, "agent": run.method.agent, "agent_options": dict(run.method.agent_options),
+            "agent_seed": run.agent_seed}
+
+
+class Contest:
+    """Runs that share an environment, from start to score."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        """Make the environment and the agents; nothing has been trained yet."""
+        self.runs = list(runs)
+        self.env: Any = gym.make_vec(
+            "lelora_env:LeLoRA-v0", num_envs=len(runs), vectorization_mode="vector_entry_point",
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED, **self.runs[0].environment,
+        )
+        self.base: Any = self.env.unwrapped
+        self.agents = SideBySide([self._agent(run) for run in self.runs])
+
+    def _agent(self, run: Run) -> "Agent":
+        from agents import FixedAllocation, make_agent
+
+        view: Any = OneLane(self.env)
+        if run.method.agent != ORACLE:
+            return make_agent(run.method.agent, view, seed=run.agent_seed, **run.method.agent_options)
+        from agents import AgentSpec
+
+        if not hasattr(self.base.task, "best_allocation"):
+            raise LeLoRAError(f"the best allocation of {run.problem.name!r} is not known: leave the oracle out")
+        best = [(choice.rank, choice.location) for choice in self.base.task.best_allocation()]
+        return FixedAllocation(AgentSpec.from_env(view), allocation=best)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Fine-tune every lane for one episode; one record a run."""
+        base, started = self.base, time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        observation, infos = self.env.reset(seed=[run.seed for run in self.runs])
+        before = self._scores("eval")
+        losses, actions = [infos["L1"].copy()], []
+        trained, alive = [], np.ones(len(self.runs), dtype=bool)
+        training = time.monotonic()
+        for _ in range(base.horizon):
+            action = self.agents.act(observation)
+            transition, observation = self._step(observation, action, alive)
+            self._learn(transition, alive)
+            alive &= ~transition.info["diverged"].astype(bool)
+            losses.append(np.where(alive, transition.info["L1"], np.nan))
+            actions.append(action)
+            trained.append(transition.info["trained_parameters"])
+            if not alive.any():
+                break
+        seconds = (time.monotonic() - training) / len(actions)
+        after, tune = self._scores("eval"), self._scores("tune") if base.env_config.tune_size else None
+        shared = {
+            "metric": base.task.metric, "lanes": len(self.runs), "seconds_a_step": seconds,
+            "seconds": time.monotonic() - started, "stored_parameters": self._stored(),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "settings": as_options(base.adapter_config, base.env_config), "horizon": base.horizon,
+        }
+        history = np.stack(losses), np.stack(actions), np.stack(trained)
+        self.env.close()
+        return [{**shared, **self._record(lane, bool(alive[lane]), before, after, tune, history)}
+                for lane in range(len(self.runs))]
+
+    def _step(self, observation: np.ndarray, action: np.ndarray, alive: np.ndarray) -> tuple["Transition", np.ndarray]:
+        """One env step; lanes that diverged are reset and run on unheeded, so that the others keep their shapes."""
+        from agents import Transition
+
+        after, reward, terminated, truncated, infos = self.env.step(action)
+        info = {name: value for name, value in infos.items() if not name.startswith("_")}
+        transition = Transition(observation, action, reward, terminated, truncated, info, after)
+        lost = terminated & info["diverged"].astype(bool)
+        if lost.any():
+            first, _ = self.env.reset(options={"reset_mask": lost})
+            after = np.where(lost[:, None, None], first, after)
+        return transition, after
+
+    def _learn(self, transition: "Transition", alive: np.ndarray) -> None:
+        """Let the agents of the lanes that still count learn."""
+        for lane in np.flatnonzero(alive):
+            self.agents.update_lane(int(lane), transition)
+
+    def _scores(self, split: str) -> list[float]:
+        return [score[self.base.task.metric] for score in self.base.evaluate(split)]
+
+    def _stored(self) -> int:
+        """Numbers of one lane's bank and head: what training keeps, whatever of it trains at a time."""
+        return sum(rows[0].numel() for rows in self.base.tuner.bank.rows.values())
+
+    def _record(
+        self, lane: int, alive: bool, before: list[float], after: list[float], tune: list[float] | None,
+        history: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> dict[str, Any]:
+        losses, actions, trained = history
+        allocation = decode_action(actions[:, lane], len(actions), self.base.table)
+        return {
+            "status": FINISHED if alive else DIVERGED,
+            "score_before": before[lane], "score": after[lane] if alive else None,
+            "tune": None if tune is None or not alive else tune[lane],
+            "losses": losses[:, lane].tolist(),
+            "trained_parameters": float(trained[:, lane].mean()), "trained_parameters_end": float(trained[-1, lane]),
+            "mean_rank": float(allocated_ranks(allocation, self.base.table).double().mean()),
+            "actions": actions[:, lane].tolist(),
+        }
