@@ -256,7 +256,7 @@ def cache(
 
 @app.command()
 def compare(
-    sweep: Annotated[str, typer.Argument(help="A TOML file of methods, problems and seeds, or a preset: planted-small.")],
+    sweep: Annotated[str, typer.Argument(help="A TOML file of methods and problems, or a preset: planted-small.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs; a sweep that was stopped goes on there.")],
     lanes: Annotated[int, typer.Option(min=1, help="Most runs that share a model at a time.")] = 32,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
