@@ -58,6 +58,12 @@ def random_rows(count: int, length: int, causal: bool = False, vocabulary: int =
     return DatasetTask(rows, collate, eval=rows[:64], head="sequence-classification", num_labels=2)
 
 
+def need_gpu() -> None:
+    """Stop with one line where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+
+
 def synchronise() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():

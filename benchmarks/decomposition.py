@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.common import report
+from benchmarks.common import need_gpu, report
 from benchmarks.peft_others import PAPER_TARGETS, SEVEN_B, pissa_seconds
 from lelora_env.cache import cache_folder, entries, entry_key
 from lelora_env.config import AdapterConfig, EnvConfig
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     arguments = parser.parse_args()
+    need_gpu()
     config = AdapterConfig(target_modules="query,key,value,up,down", rank_set=(0, 8, 16, 32), parametrisation="unit")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LELORA_CACHE"] = folder

@@ -9,7 +9,7 @@ Besides: the default agent's share, the norm's share, what a fork costs, and how
 
 On a CPU: python -m benchmarks.env_steps --shape minilm --lanes 1 --dtype float32 --repeats 10 --copies 0
 
-The last line of the output is one JSON document.
+Times are seconds; ``share_of_peak`` is the share of 790 TFLOP/s. The last line of the output is one JSON document.
 """
 
 import argparse
@@ -112,11 +112,10 @@ def many_lanes(model: Any, arguments: argparse.Namespace) -> list[dict[str, floa
         rate = lanes / seconds
         results.append({
             "lanes": lanes, "seconds": seconds, "lane_steps_per_second": rate,
-            "share_of_peak": rate * tokens * flops_per_token(arguments.shape, arguments.length) / PEAK,
         })
         if torch.cuda.is_available():
-            results[-1]["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        print({key: round(value, 5) for key, value in results[-1].items()}, flush=True)
+            work = tokens * flops_per_token(arguments.shape, arguments.length)
+            results[-1] |= {"share_of_peak": rate * work / PEAK, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
     return results
 
 
@@ -181,7 +180,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, part in parts.items():
         results[name] = part(model, arguments)
-        print(name, results[name], flush=True)
+        for line in results[name] if isinstance(results[name], list) else [results[name]]:
+            print(f"{name:16}" + "  ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
         gc.collect()
     report("env_steps", vars(arguments), results)
 

@@ -24,7 +24,7 @@ import transformers
 import lelora_env
 from agents import make_agent
 from agents.agent import Transition
-from benchmarks.common import in_turn, median, random_rows, recorded, report
+from benchmarks.common import in_turn, median, need_gpu, random_rows, recorded, report
 from benchmarks.decomposition import model_of
 from benchmarks.peft_others import PeftCausalLoRA
 from lelora_env.features import weight_norms
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=8)
     arguments = parser.parse_args()
+    need_gpu()
     if not (arguments.folder / "config.json").exists():
         model_of(arguments.blocks).save_pretrained(arguments.folder)
     results: dict[str, Any] = {}

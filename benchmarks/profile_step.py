@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import ENCODERS, median, report, sentence_model
+from benchmarks.common import ENCODERS, median, need_gpu, report, sentence_model
 from benchmarks.env_steps import ALL_TYPES, our_env, stepper
 
 KINDS = (
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--all-matrices", action="store_true", help="all six matrices of a layer, not query and value")
     parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args()
+    need_gpu()
     targets = ALL_TYPES if arguments.all_matrices else "query,value"
     step = stepper(our_env(arguments.lanes, sentence_model(arguments.shape, "bfloat16", "cuda"), arguments,
                            target_modules=targets))

@@ -1,6 +1,6 @@
 """Swap the algorithm: every agent on the built-in instance, one name apart.
 
-Run it with ``python examples/swap_the_agent.py`` (offline, about a minute on a CPU). ``best`` is the
+Run it with ``python examples/swap_the_agent.py`` (offline, some ten seconds on a CPU). ``best`` is the
 known best allocation of the planted task. Twenty env steps are far too few to learn an allocation:
 what the rows show is how to plug an agent in, and what a random or a fixed choice is worth.
 """
@@ -15,7 +15,7 @@ from agents import AGENT_NAMES, Transition, make_agent, run
 
 
 class AlwaysMinor:
-    """Your own agent is four methods; this one puts the smallest rank above 0 at the last location."""
+    """Your own agent is two methods and its state; this one puts the smallest rank above 0 at the last location."""
 
     def __init__(self, num_matrices: int, rank_index: int, location_index: int) -> None:
         self.action = np.tile([rank_index, location_index], num_matrices)

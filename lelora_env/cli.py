@@ -170,13 +170,14 @@ class Progress:
 
 
 def table(results: Sequence["LaneResult"]) -> list[str]:
-    """The closing table as lines of text; ``loss`` is that of the reward batch, ``tune`` only where there is one."""
+    """The closing table as lines of text; ``tune`` only where there is one."""
     metric, tuned = results[0].metric, not all(math.isnan(r.tune_after) for r in results)
-    tune = [f"tune {metric}"] if tuned else []
-    head = ["lane", f"eval {metric}", "before", *tune, "loss", "before", "mean rank", "trained parameters"]
+    tune = ["tune after"] if tuned else []
+    head = [f"{metric} on", "eval before", "eval after", *tune, "reward loss before", "after", "mean rank",
+            "trained parameters"]
     rows = [head]
     for r in results:
-        scores = (r.eval_after, r.eval_before, *([r.tune_after] if tuned else []), r.loss_after, r.loss_before)
+        scores = (r.eval_before, r.eval_after, *([r.tune_after] if tuned else []), r.loss_before, r.loss_after)
         rows.append([r.lane, *(f"{x:.4f}" for x in scores), f"{r.mean_rank:.2f}", f"{r.trained_parameters:,.0f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return [row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))

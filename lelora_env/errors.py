@@ -19,7 +19,7 @@ class UnknownNameError(LeLoRAError):
         options = sorted(known)
         close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
         suggestion = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-        shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
+        shown = ", ".join(options[:40]) + (f" and {len(options) - 40} more" if len(options) > 40 else "")
         super().__init__(f"unknown {kind} {name!r}.{suggestion} Known: {shown}.{' ' + hint if hint else ''}")
 
 

@@ -247,7 +247,7 @@ def _curves(figure: Figure, grid: GridSpec, traces: Sequence[LaneTrace]) -> list
     panels = [figure.add_subplot(grid[first + i, 0]) for i in range(len(CURVES))]
     for axes, (key, label) in zip(panels, CURVES, strict=True):
         _curve(axes, traces, key, label)
-        axes.set_xlim(0.5, max(len(trace.ranks) for trace in traces) + 0.5)
+        axes.set_xlim(0, max(len(trace.ranks) for trace in traces) + 0.5)  # losses begin before the first step
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.tick_params(labelbottom=axes is panels[-1])
     panels[0].set_ylim(bottom=0)

@@ -59,7 +59,7 @@ def test_a_run_leaves_its_folder_and_a_table(tmp_path: Path) -> None:
     assert record.config["agent"] == "reinforce"
     rows = [line.split() for line in result.output.splitlines() if line.split()[:1] in (["reinforce"], ["fixed"])]
     saved = json.loads((out / "result.json").read_text())
-    assert [float(row[1]) for row in rows] == [round(lane["eval_after"], 4) for lane in saved[:2]]
+    assert [float(row[2]) for row in rows] == [round(lane["eval_after"], 4) for lane in saved[:2]]
     assert "far too short to learn an allocation" in result.output
     assert str(out) in result.output
 
@@ -118,9 +118,9 @@ def result_row(tune: float) -> LaneResult:
 
 def test_the_table_has_a_tune_column_only_where_there_is_a_tune_split() -> None:
     with_tune, without = table([result_row(0.5)]), table([result_row(float("nan"))])
-    assert with_tune[1].split() == ["fixed", "0.2500", "0.1250", "0.5000", "1.0000", "2.0000", "8.00", "1,000"]
-    assert without[1].split() == ["fixed", "0.2500", "0.1250", "1.0000", "2.0000", "8.00", "1,000"]
-    assert "tune accuracy" in with_tune[0]
+    assert with_tune[1].split() == ["fixed", "0.1250", "0.2500", "0.5000", "2.0000", "1.0000", "8.00", "1,000"]
+    assert without[1].split() == ["fixed", "0.1250", "0.2500", "2.0000", "1.0000", "8.00", "1,000"]
+    assert "tune after" in with_tune[0]
     assert "tune" not in without[0]
 
 
