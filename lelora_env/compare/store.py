@@ -57,6 +57,14 @@ class RunStore:
         """Keys of the runs that need not be made again: crashed ones do."""
         return {record["key"] for record in self.records() if record["status"] != CRASHED}
 
+    def _ends_whole(self) -> bool:
+        """Whether the file is empty, or its last line was written to its end."""
+        if not self.path.stat().st_size:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records and see them to the disk.
 
@@ -66,9 +74,8 @@ class RunStore:
         text = "".join(to_json({"format": FORMAT, **record}) + "\n" for record in records)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
             with self.path.open("ab") as file:
-                file.write((("\n" if cut_off and self.path.stat().st_size else "") + text).encode())
+                file.write((text if self._ends_whole() else "\n" + text).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
