@@ -121,7 +121,7 @@ class Accountant:
         square = outcome.update_norms.astype(np.float64) ** 2
         chosen = allocation.location_index.numpy()
         norms = {
-            f"update_norm_{name}": np.sqrt((square * (chosen == index)).sum(1))
+            f"update_norm_{name}": np.sqrt(np.where(chosen == index, square, 0.0).sum(1))
             for index, name in enumerate(self.adapter.location_names)
         }
         norms["delta_norm"] = np.sqrt((outcome.delta_norms.astype(np.float64) ** 2).sum(1))

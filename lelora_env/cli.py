@@ -264,10 +264,11 @@ def compare(
 ) -> None:
     """Run methods x problems x seeds, and leave runs.jsonl and table.md."""
     with plain_errors():
-        from lelora_env.compare import RunStore, load_sweep, run_sweep, summarise
+        from lelora_env.compare import RunStore, check_sweep, load_sweep, run_sweep, summarise
         from lelora_env.export import write_atomically
 
         loaded, store = load_sweep(sweep), RunStore(out)
+        check_sweep(loaded)
         everything, done = loaded.runs(), store.done()
         waiting = sum(run.key not in done for run in everything)
         typer.echo(f"{loaded.name}: {len(loaded.methods)} methods x {len(loaded.problems)} problems x "
@@ -279,9 +280,16 @@ def compare(
             run_sweep(loaded, store, lanes=lanes, observer=lambda count: progress.count(count))
         finally:
             progress.close()
-        lines = summarise(store.records(), loaded).lines()
+        records = store.records()
+        lines = summarise(records, loaded).lines()
         write_atomically(out / "table.md", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
         typer.echo("\n" + "\n".join(lines) + f"\n\nRuns: {store.path}")
+        keys = {run.key for run in everything}
+        crashes = [record for record in records if record["key"] in keys and record["status"] == "crashed"]
+        for reason in dict.fromkeys(f"{record['method']}: {record['reason']}" for record in crashes):
+            typer.echo(f"crashed: {reason}", err=True)
+        if crashes:
+            raise typer.Exit(1)
 
 
 def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:

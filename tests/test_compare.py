@@ -132,6 +132,64 @@ def test_a_diverged_run_counts_as_untrained_and_leaves_the_others_alone(tmp_path
     assert [record["score"] for record in store.records() if record["problem"] == "wild"] == [None, None]
 
 
+def test_a_lane_that_diverges_leaves_its_neighbours_and_its_record_alone(tmp_path: Path) -> None:
+    """Rank 0 trains nothing and cannot diverge; the wild lanes end early. Alone or together: the same records."""
+    wild = Problem(name="wild", task="planted", options={"horizon": 5, "max_grad_norm": None, "learning_rate": 1e9,
+                                                         "rank_set": [0, 4]})
+    calm = Method(name="calm", agent="fixed", agent_options={"rank": 0})
+    stores = RunStore(tmp_path / "together"), RunStore(tmp_path / "alone")
+    for store, lanes in zip(stores, (8, 1), strict=True):
+        run_sweep(sweep(calm, FIXED, problems=(wild,)), store, lanes=lanes)
+    assert plain(stores[0].records()) == plain(stores[1].records())
+    states = {record["method"]: record for record in stores[0].records()}
+    assert states["calm"]["status"] == "finished"
+    assert len(states["calm"]["actions"]) == 5
+    assert states["fixed"]["status"] == "diverged"
+    assert 1 <= len(states["fixed"]["actions"]) == len(states["fixed"]["losses"]) - 1 < 5
+
+
+def test_a_score_that_is_no_number_counts_as_untrained(tmp_path: Path) -> None:
+    exploding = Problem(name="p", task="planted", options={"horizon": 1, "max_grad_norm": None, "learning_rate": 2e8,
+                                                           "rank_set": [0, 4]})
+    store = RunStore(tmp_path)
+    one = sweep(FIXED, problems=(exploding,))
+    run_sweep(one, store)
+    [row] = summarise(store.records(), one).rows
+    assert (row.runs, row.diverged) == (3, 3)
+    assert row.score is not None
+    assert row.score.value == pytest.approx(np.mean([record["score_before"] for record in store.records()]))
+
+
+@pytest.mark.parametrize("lanes", [1, 32])
+def test_one_seed_that_crashes_takes_no_other_with_it(
+    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agents import RandomAllocation
+
+    bad = next(run.agent_seed for run in sweep(RANDOM).runs() if run.seed == 1)
+    update = RandomAllocation.update
+
+    def fail(agent: RandomAllocation, transition: Any) -> dict[str, float]:
+        if agent.generator.initial_seed() == bad:
+            raise RuntimeError("no")
+        return update(agent, transition)
+
+    monkeypatch.setattr(RandomAllocation, "update", fail)
+    store = RunStore(tmp_path)
+    run_sweep(sweep(RANDOM), store, lanes=lanes)
+    assert {record["seed"]: record["status"] for record in store.records()} == {0: "finished", 1: "crashed",
+                                                                               2: "finished"}
+
+
+def test_a_crash_never_takes_the_place_of_a_result_and_odd_lines_are_not_counted(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.add([{"key": "a", "status": "finished", "score": 1.0}, {"key": "a", "status": "crashed"},
+               {"key": "b", "status": "crashed"}, {"key": "b", "status": "finished", "score": 2.0}])
+    with store.path.open("a") as file:
+        file.write('3\n[]\n{}\n{"format": "1", "key": "c", "status": "finished"}\n\x00\n')
+    assert {record["key"]: record["status"] for record in store.records()} == {"a": "finished", "b": "finished"}
+
+
 def test_interquartile_mean_and_improvement_by_hand() -> None:
     assert interquartile_mean(np.array([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0])) == pytest.approx(3.5)
     ours, theirs = np.array([3.0, 1.0]), np.array([1.0, 2.0, 0.0])
@@ -183,13 +241,20 @@ agent = "random"
     ("seeds = [0, 0]\n" + SMALL.partition("]")[2], "seeds must be integers"),
     ("seeds = [-1]\n" + SMALL.partition("]")[2], "seeds must be integers"),
     (SMALL + 'colour = "red"', "unknown entry of methods 'colour'"),
+    (SMALL + "options = 3", "options must be a table"),
+    (SMALL + "options = { horizon = 7 }", "horizon belongs to the problem"),
+    (SMALL.replace("horizon = 3", "common_random_numbers = true"), "common_random_numbers cannot be an option"),
+    (SMALL.replace('"m"', '"a|b"'), "printable text without"),
+    (SMALL.replace('"m"', "3"), "printable text without"),
+    ("seeds = true\n" + SMALL.partition("]")[2], "must be a list"),
+    ("seeds = -3\n" + SMALL.partition("]")[2], "must be a list"),
     (SMALL.replace('task = "planted"', ""), "needs a task, or an instance"),
     (SMALL.replace('agent = "random"', ""), "lacks agent"),
     (SMALL + '[[methods]]\nname = "m"\nagent = "fixed"', "names that differ"),
     ('reference = "n"\n' + SMALL, "unknown reference method 'n'"),
     ("methods = 3\n", "methods must be a list"),
     ("methods = [3]\n", "must be a list of tables"),
-    ("seeds = 1.5\n", "seeds must be a list"),
+    ("seeds = 1.5\n", "must be a list"),
 ])
 def test_sweeps_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(LeLoRAError, match=message):
@@ -224,3 +289,13 @@ def test_the_command(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["compare", str(path), "--out", str(out)])
     assert "0 to be made" in again.output
     assert CliRunner().invoke(app, ["compare", "nothing", "--out", str(out)]).exit_code == 2
+    unknown = ('agent = "rendom"', "Did you mean 'random'"), ('agent = "random"\noptions = { alpah = 1 }', "'alpah'")
+    for wrong, said in unknown:
+        told = CliRunner().invoke(app, ["compare", str(write(path, SMALL.replace('agent = "random"', wrong))), "--out",
+                                        str(out), "--dry-run"])
+        assert told.exit_code == 2
+        assert said in told.output
+    write(path, SMALL.replace('agent = "random"', 'agent = "fixed"\nagent_options = { rank = 5 }'))
+    crashed = CliRunner().invoke(app, ["compare", str(path), "--out", str(out)])
+    assert crashed.exit_code == 1
+    assert "crashed: m: LeLoRAError: rank must be one of" in crashed.output

@@ -7,8 +7,9 @@ analysis.py   tables with intervals, from the lines alone
 """
 
 from lelora_env.compare.analysis import Summary, summarise
-from lelora_env.compare.contest import run_sweep
+from lelora_env.compare.contest import check_sweep, run_sweep
 from lelora_env.compare.store import RunStore
 from lelora_env.compare.sweep import Method, Problem, Sweep, load_sweep
 
-__all__ = ["Method", "Problem", "RunStore", "Summary", "Sweep", "load_sweep", "run_sweep", "summarise"]
+__all__ = ["Method", "Problem", "RunStore", "Summary", "Sweep", "check_sweep", "load_sweep", "run_sweep",
+           "summarise"]

@@ -14,8 +14,8 @@ import torch
 from lelora_env.allocation import allocated_ranks, decode_action
 from lelora_env.compare.store import CRASHED, DIVERGED, FINISHED, RunStore
 from lelora_env.compare.sweep import ORACLE, Run, Sweep
-from lelora_env.config import as_options
-from lelora_env.errors import LeLoRAError, MemoryLimitError
+from lelora_env.config import as_options, split_options
+from lelora_env.errors import LeLoRAError, UnknownNameError
 from lelora_env.runs import environment_facts
 from lelora_env.training import OneLane, SideBySide
 
@@ -42,14 +42,16 @@ def run_sweep(sweep: Sweep, store: RunStore, *, lanes: int = 32, observer: Obser
     """
     if lanes < 1:
         raise LeLoRAError(f"lanes must be at least 1 (got {lanes})")
+    check_sweep(sweep)
     facts = environment_facts()
     waiting = list(batches(sweep, store.done(), lanes))
     while waiting:
         batch = waiting.pop(0)
         try:
-            records = Contest(batch).run()
+            with np.errstate(over="ignore", invalid="ignore"):  # runs that diverge are expected
+                records = Contest(batch).run()
         except Exception as error:
-            smaller = _split(batch, error)
+            smaller = _halves(batch)
             waiting[:0] = smaller
             if smaller:
                 continue
@@ -59,14 +61,26 @@ def run_sweep(sweep: Sweep, store: RunStore, *, lanes: int = 32, observer: Obser
             observer(len(batch))
 
 
-def _split(batch: list[Run], error: Exception) -> list[list[Run]]:
-    """Smaller batches to try: method by method, so that one does not crash the others; halves where memory ran out."""
-    methods = list(dict.fromkeys(run.method.name for run in batch))
-    if len(methods) > 1:
-        return [[run for run in batch if run.method.name == name] for name in methods]
-    if isinstance(error, MemoryLimitError) and len(batch) > 1:
-        return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return []
+def check_sweep(sweep: Sweep) -> None:
+    """See, before anything is run, that every agent and every option exists.
+
+    Raises:
+        UnknownNameError: One does not.
+        LeLoRAError: An option's value does not fit.
+    """
+    from agents import AGENT_NAMES
+
+    for method in sweep.methods:
+        if method.agent not in (*AGENT_NAMES, ORACLE):
+            raise UnknownNameError(f"agent of method {method.name!r}:", method.agent, (*AGENT_NAMES, ORACLE))
+    for run in sweep.runs():
+        if run.problem.instance is None:
+            split_options({name: value for name, value in run.environment.items() if name not in ("model", "task")})
+
+
+def _halves(batch: list[Run]) -> list[list[Run]]:
+    """What to try instead of a batch that failed: in the end every run stands for itself, whatever its company did."""
+    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]] if len(batch) > 1 else []
 
 
 def batches(sweep: Sweep, done: set[str], lanes: int) -> Iterator[list[Run]]:
@@ -121,11 +135,13 @@ class Contest:
         before = self._scores("eval")
         losses, actions = [infos["L1"].copy()], []
         trained, alive = [], np.ones(len(self.runs), dtype=bool)
+        steps = np.zeros(len(self.runs), dtype=np.int64)  # of each lane, up to the one in which it diverged
         training = time.monotonic()
         for _ in range(base.horizon):
             action = self.agents.act(observation)
             transition, observation = self._step(observation, action, alive)
             self._learn(transition, alive)
+            steps += alive
             alive &= ~transition.info["diverged"].astype(bool)
             losses.append(np.where(alive, transition.info["L1"], np.nan))
             actions.append(action)
@@ -142,7 +158,9 @@ class Contest:
         }
         history = np.stack(losses), np.stack(actions), np.stack(trained)
         self.env.close()
-        return [{**shared, **self._record(lane, bool(alive[lane]), before, after, tune, history)}
+        whole = alive & np.isfinite(after)
+        return [{**shared, **self._record(lane, bool(whole[lane]), before, after, tune,
+                                          [part[:, lane][: steps[lane] + (part is history[0])] for part in history])}
                 for lane in range(len(self.runs))]
 
     def _step(self, observation: np.ndarray, action: np.ndarray, alive: np.ndarray) -> tuple["Transition", np.ndarray]:
@@ -172,16 +190,16 @@ class Contest:
 
     def _record(
         self, lane: int, alive: bool, before: list[float], after: list[float], tune: list[float] | None,
-        history: tuple[np.ndarray, np.ndarray, np.ndarray],
+        history: list[np.ndarray],
     ) -> dict[str, Any]:
         losses, actions, trained = history
-        allocation = decode_action(actions[:, lane], len(actions), self.base.table)
+        allocation = decode_action(actions, len(actions), self.base.table)
         return {
             "status": FINISHED if alive else DIVERGED,
             "score_before": before[lane], "score": after[lane] if alive else None,
             "tune": None if tune is None or not alive else tune[lane],
-            "losses": losses[:, lane].tolist(),
-            "trained_parameters": float(trained[:, lane].mean()), "trained_parameters_end": float(trained[-1, lane]),
+            "losses": losses.tolist(),
+            "trained_parameters": float(trained.mean()), "trained_parameters_end": float(trained[-1]),
             "mean_rank": float(allocated_ranks(allocation, self.base.table).double().mean()),
-            "actions": actions[:, lane].tolist(),
+            "actions": actions.tolist(),
         }

@@ -1,6 +1,6 @@
 """The runs of a sweep on disk: ``runs.jsonl``, one JSON document a line, only ever added to.
 
-A line is written whole before the next run begins, so a process that is killed loses what was running and nothing
+Lines are written whole before the next runs begin, so a process that is killed loses what was running and nothing
 else. A line that was cut off by a crash is left alone and not counted.
 """
 
@@ -20,8 +20,19 @@ FINISHED, DIVERGED, CRASHED = "finished", "diverged", "crashed"
 FORMAT = 1
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        return None
+    named = all(isinstance(record.get(name), str) for name in ("key", "status"))
+    return record if named or record["format"] > FORMAT else None
+
+
 class RunStore:
-    """The lines of one sweep."""
+    """The lines of one sweep. One process at a time: a second one would make the same runs again."""
 
     def __init__(self, folder: Path) -> None:
         """Use a folder; it is made by the first line."""
@@ -38,17 +49,20 @@ class RunStore:
             return []
         found: dict[str, dict[str, Any]] = {}
         broken = 0
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError:
-                broken += 1
+        try:
+            raw = self.path.read_bytes()
+        except OSError as error:
+            raise LeLoRAError(f"cannot read {self.path}: {error.strerror or error}") from error
+        for line in raw.split(b"\n"):
+            if not line.strip():
                 continue
+            record = _parsed(line)
             if record is None:
-                continue
-            if record.get("format", 0) > FORMAT:
+                broken += 1
+            elif record["format"] > FORMAT:
                 raise LeLoRAError(f"{self.path} was written by a newer version of this package; update it")
-            found[record["key"]] = record
+            elif record["status"] != CRASHED or record["key"] not in found:
+                found[record["key"]] = record  # a crash never takes the place of a result
         if broken:
             logger.warning("%s: %d broken lines are not counted", self.path, broken)
         return list(found.values())

@@ -17,6 +17,13 @@ import numpy as np
 
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
+RESERVED = ("num_envs", "vectorization_mode", "autoreset_mode", "max_episode_steps", "common_random_numbers",
+            "instance", "model", "task")
+"""What a sweep sets itself, or what has a place of its own."""
+
+OF_PROBLEM = ("horizon", "steps_per_action", "batch_size", "accumulate", "reward_size", "tune_size", "split_seed")
+"""Options that decide what is compared on: a method must not change them."""
+
 PRESETS = Path(__file__).parent / "presets"
 ORACLE = "oracle"
 """An agent that knows the best allocation; for problems that have a known one."""
@@ -37,6 +44,13 @@ class Method:
     agent: str
     agent_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_names("method", name=self.name, agent=self.agent)
+        _check_tables(f"method {self.name!r}", agent_options=self.agent_options, options=self.options)
+        for name in self.options:
+            if name in OF_PROBLEM:
+                raise LeLoRAError(f"method {self.name!r}: {name} belongs to the problem, where it is the same for all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +74,9 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        named = {"instance": self.instance, "model": self.model, "task": self.task}
+        _check_names("problem", name=self.name, **{key: value for key, value in named.items() if value is not None})
+        _check_tables(f"problem {self.name!r}", task_options=self.task_options, options=self.options)
         if self.instance is not None and (self.model or self.task or self.task_options):
             raise LeLoRAError(f"problem {self.name!r}: an instance brings its own model and task; leave them out")
         if self.instance is None and self.task is None:
@@ -86,10 +103,14 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of all that decides the run: what was run before is found by it."""
+        """A hash of what the sweep says of the run: what was run before is found by it.
+
+        Versions, data files and models are not in it (records name versions and commit): after an update of those,
+        begin a new folder.
+        """
         told = [self.environment, self.method.name, self.method.agent, dict(self.method.agent_options),
                 self.problem.name, self.seed]
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()[:20]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
     @property
     def agent_seed(self) -> int:
@@ -119,6 +140,8 @@ class Sweep:
     reference: str = ""
 
     def __post_init__(self) -> None:
+        _check_names("sweep", name=self.name)
+        _check_tables("sweep", options=self.options)
         for kind, named in (("method", self.methods), ("problem", self.problems)):
             names = [one.name for one in named]
             if not names or len(set(names)) != len(names):
@@ -135,6 +158,22 @@ class Sweep:
         """Every run, problem by problem."""
         return [Run(method, problem, seed, self.options) for problem in self.problems for method in self.methods
                 for seed in self.seeds]
+
+
+def _check_names(kind: str, **names: Any) -> None:
+    for name, value in names.items():
+        if not isinstance(value, str) or not value.strip() or "|" in value or not value.isprintable():
+            raise LeLoRAError(f"{name} of a {kind} must be a printable text without '|' (got {value!r})")
+
+
+def _check_tables(where: str, **tables: Any) -> None:
+    for name, value in tables.items():
+        if not isinstance(value, Mapping):
+            raise LeLoRAError(f"{where}: {name} must be a table, such as {{ horizon = 100 }} (got {value!r})")
+        for option in value if name == "options" else ():
+            if option in RESERVED:
+                raise LeLoRAError(f"{where}: {option} cannot be an option; the sweep sets it, or it has an entry of "
+                                  "its own")
 
 
 def load_sweep(source: str | Path) -> Sweep:
@@ -158,7 +197,8 @@ def load_sweep(source: str | Path) -> Sweep:
         raise LeLoRAError(f"{path} is not a TOML file: {error}") from error
     seeds = told.pop("seeds", 5)
     entries = {"name": path.stem, **told}
-    entries["seeds"] = tuple(range(seeds) if isinstance(seeds, int) else _list(seeds, "seeds"))
+    counted = isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0
+    entries["seeds"] = tuple(range(seeds) if counted else _list(seeds, "seeds (unless they are a number above 0)"))
     for kind, made in (("methods", Method), ("problems", Problem)):
         entries[kind] = tuple(_make(made, entry, kind) for entry in _list(told.get(kind, []), kind))
     return _make(Sweep, entries, "sweep")  # type: ignore[no-any-return]
