@@ -3,10 +3,8 @@
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,9 @@ import torch
 import transformers
 
 import lelora_env
+from agents import Transition, make_agent
+from lelora_env.features import weight_norms
+from lelora_env.runs import environment_facts
 from lelora_env.tasks.dataset import DatasetTask
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -72,14 +73,7 @@ def synchronise() -> None:
 
 def median(call: Callable[[], Any], repeats: int, warm_up: int = 5) -> float:
     """Median seconds of `repeats` calls after a warm-up, synchronised before and after each."""
-    times = []
-    for _ in range(warm_up + repeats):
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[warm_up:]))
+    return in_turn({"call": call}, repeats, warm_up)["call"]
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 5) -> dict[str, float]:
@@ -106,6 +100,29 @@ def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def agents_part(env: Any) -> dict[str, Callable[[], Any]]:
+    """One env step of a one-lane environment, and beside it what REINFORCE (the paper's network) and seeing cost."""
+    agent = make_agent("reinforce", env, seed=0)
+    observation = env.reset(seed=0)[0]
+    action = agent.act(observation)
+    after, reward, terminated, truncated, info = env.step(action)
+    transition = Transition(observation, action, reward, terminated, truncated, info, after)
+    measure, spectrum = env._measure, env.tuner.base.spectrum
+    with torch.no_grad():
+        products = measure.grams()  # needed without the norms too
+        observe = recorded(lambda: measure.observer.observe(measure.grams(), measure.progress, measure.extras))
+        norm = recorded(lambda: weight_norms(products, spectrum))
+    return {"env_step": lambda: env.step(action), "act": lambda: agent.act(observation),
+            "update": lambda: agent.update(transition), "observation": observe, "norm": norm}
+
+
+def with_shares(seconds: dict[str, float]) -> dict[str, float]:
+    """Times of `agents_part`, and the shares of agent and observation and of the norm in a whole step."""
+    whole = seconds["env_step"] + seconds["act"] + seconds["update"]
+    share = (seconds["act"] + seconds["update"] + seconds["observation"]) / whole
+    return {**seconds, "whole": whole, "agent_and_observation_share": share, "norm_share": seconds["norm"] / whole}
+
+
 def report(benchmark: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Print results with hardware, versions and commit: one JSON document on the last line."""
     gpu = torch.cuda.is_available()
@@ -113,19 +130,10 @@ def report(benchmark: str, settings: dict[str, Any], results: dict[str, Any]) ->
         "benchmark": benchmark,
         "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads of {_cores()}",
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "lelora_env": lelora_env.__version__, "commit": _commit(), "settings": settings,
+        "lelora_env": lelora_env.__version__, "commit": environment_facts()["commit"], "settings": settings,
     }
     print(json.dumps({**about, "results": results}, default=float))
 
 
 def _cores() -> str:
     return f"{os.cpu_count()} cores ({platform.machine()})"
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

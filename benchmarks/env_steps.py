@@ -24,21 +24,19 @@ import numpy as np
 import torch
 
 import lelora_env
-from agents import make_agent
-from agents.agent import Transition
 from benchmarks.common import (
     ENCODERS,
     PEAK,
+    agents_part,
     flops_per_token,
     in_turn,
     median,
     random_rows,
-    recorded,
     report,
     sentence_model,
+    with_shares,
 )
 from benchmarks.peft_env import PeftLoRAEnv
-from lelora_env.features import weight_norms
 
 ALL_TYPES = "query,key,value,output,up,down"
 BATCH, REWARD = 16, 32
@@ -121,28 +119,8 @@ def many_lanes(model: Any, arguments: argparse.Namespace) -> list[dict[str, floa
 
 def agents_share(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     """REINFORCE (the paper's network) and the observation, beside the env step, one lane."""
-    env = our_env(1, model, arguments)
-    agent = make_agent("reinforce", env, seed=0)
-    observation = env.reset(seed=0)[0]
-    action = agent.act(observation)
-    after, reward, terminated, truncated, info = env.step(action)
-    transition = Transition(observation, action, reward, terminated, truncated, info, after)
-
-    def observe() -> torch.Tensor:
-        return env._measure.observer.observe(env._measure.grams(), env._measure.progress, env._measure.extras)
-
-    products = env._measure.grams()
-
-    def norms() -> torch.Tensor:  # the inner products are needed without them too
-        return weight_norms(products, env.tuner.base.spectrum)
-
     with torch.no_grad():
-        calls = {"env_step": lambda: env.step(action), "act": lambda: agent.act(observation),
-                 "update": lambda: agent.update(transition), "observation": recorded(observe), "norm": recorded(norms)}
-        seconds = in_turn(calls, arguments.repeats)
-    whole = seconds["env_step"] + seconds["act"] + seconds["update"]
-    share = (seconds["act"] + seconds["update"] + seconds["observation"]) / whole
-    return {**seconds, "agent_and_observation_share": share, "norm_share": seconds["norm"] / whole}
+        return with_shares(in_turn(agents_part(our_env(1, model, arguments)), arguments.repeats))
 
 
 def forks(model: Any, arguments: argparse.Namespace) -> dict[str, float]:

@@ -22,12 +22,9 @@ import torch
 import transformers
 
 import lelora_env
-from agents import make_agent
-from agents.agent import Transition
-from benchmarks.common import in_turn, median, need_gpu, random_rows, recorded, report
+from benchmarks.common import agents_part, in_turn, median, need_gpu, random_rows, report, with_shares
 from benchmarks.decomposition import model_of
 from benchmarks.peft_others import PeftCausalLoRA
-from lelora_env.features import weight_norms
 
 LENGTH, PART, PARTS = 512, 8, 8
 
@@ -83,24 +80,11 @@ def measure_everything(folder: Path, repeats: int) -> dict[str, float]:
     """Seconds of env step, agent, observation and norm with a batch of 64."""
     fresh()
     env = our_env(folder, PART * PARTS, PARTS)
-    agent = make_agent("reinforce", env, seed=0)
-    observation = env.reset(seed=0)[0]
-    action = agent.act(observation)
-    after, reward, terminated, truncated, info = env.step(action)
-    transition = Transition(observation, action, reward, terminated, truncated, info, after)
-    measure, spectrum = env._measure, env.tuner.base.spectrum
-    observe, products = measure.observer.observe, measure.grams()
+    calls = agents_part(env)
+    step = calls.pop("env_step")
     with torch.no_grad():
-        small = in_turn({
-            "act": lambda: agent.act(observation), "update": lambda: agent.update(transition),
-            "observation": recorded(lambda: observe(measure.grams(), measure.progress, measure.extras)),
-            "norm": recorded(lambda: weight_norms(products, spectrum)),
-        }, 5, 2)
-    step = median(lambda: env.step(action), max(2, repeats // 4), 1)
-    whole = step + small["act"] + small["update"]
-    share = (small["act"] + small["update"] + small["observation"]) / whole
-    return {"env_step": step, **small, "whole": whole, "agent_and_observation_share": share,
-            "norm_share": small["norm"] / whole, **peak()}
+        seconds = in_turn(calls, 5, 2)
+    return {**with_shares({"env_step": median(step, max(2, repeats // 4), 1), **seconds}), **peak()}
 
 
 def main() -> None:

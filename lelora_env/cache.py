@@ -272,13 +272,13 @@ def prune(folder: Path, limit: int, keep: Collection[Path] = (), everything: boo
         with contextlib.suppress(OSError):
             if everything or time.time() - rest.lstat().st_mtime > ABANDONED_AFTER:
                 _delete(rest)
-    total, removed = 0, []
-    for entry in entries(folder):
+    total, removed, listed = 0, [], entries(folder)
+    for entry in listed:
         total += entry.size
         if total > limit and entry.path not in keep:
             _remove(entry.path)
             removed.append(entry)
-    kept = sum(entry.size for entry in entries(folder) if entry.path in keep)
+    kept = sum(entry.size for entry in listed if entry.path in keep)
     if kept > limit:
         logger.warning("the decompositions of this model take %.2f GB, more than LELORA_CACHE_GB allows: they will be "
                        "removed for the next model", kept / 1e9)

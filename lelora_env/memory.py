@@ -75,8 +75,8 @@ def training_advice(
         return said + " Not even one row a lane fits: use fewer lanes, shorter rows, or activation_checkpointing=True."
     parts = next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= fit)
     fewer = fit * lanes // part
-    lanes_too = f"or at most {fewer} {'lane' if fewer == 1 else 'lanes'}, " if fewer else ""
-    return (f"{said} About {fit} {'row' if fit == 1 else 'rows'} a lane fit at once: set accumulate={parts} (the same "
+    lanes_too = f"or at most {_count(fewer, 'lane')}, " if fewer else ""
+    return (f"{said} About {_count(fit, 'row')} a lane fit at once: set accumulate={parts} (the same "
             f"batch in more parts), {lanes_too}or activation_checkpointing=True, or shorter rows.")
 
 
@@ -104,4 +104,8 @@ def lanes_advice(lanes: int, a_lane: int, device: torch.device) -> str:
 
 def _size(lanes: int, rows: int, width: int) -> str:
     tokens = f" x {width} tokens" if width else ""
-    return f"{lanes} {'lane' if lanes == 1 else 'lanes'} x {rows} {'row' if rows == 1 else 'rows'}{tokens}"
+    return f"{_count(lanes, 'lane')} x {_count(rows, 'row')}{tokens}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

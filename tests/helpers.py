@@ -85,6 +85,16 @@ def dense_weights(env: LeLoRAVectorEnv, lane: int) -> list[np.ndarray]:
     return [result[matrix] for matrix in range(env.num_matrices)]
 
 
+def assert_norms_are_exact(env: LeLoRAVectorEnv) -> None:
+    """After a few random steps, the observed (raw) norms are those of the dense weights."""
+    env.reset(seed=0)
+    for _ in range(3):
+        observation = env.step(env.action_space.sample())[0]
+    for lane in range(env.num_envs):
+        exact = [np.linalg.norm(weight) for weight in dense_weights(env, lane)]
+        np.testing.assert_allclose(observation[lane, :, 2], exact, rtol=1e-5)
+
+
 def two_layer(seed: int = 0) -> nn.Module:
     """A small plain module that is no transformers model."""
     generator = torch.Generator().manual_seed(seed)

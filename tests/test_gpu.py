@@ -14,7 +14,7 @@ from lelora_env import fused
 from lelora_env.errors import MemoryLimitError
 from lelora_env.optim import MaskedAdamW
 from tests.families import FAMILIES, tiny_model
-from tests.helpers import TokenTask, dense_weights, make_lanes
+from tests.helpers import TokenTask, assert_norms_are_exact, make_lanes
 
 pytestmark = pytest.mark.gpu
 
@@ -204,12 +204,7 @@ def test_norms_are_exact_for_a_bf16_model(parametrisation: str) -> None:
     model = tiny_model("bert", num_labels=3).to("cuda", torch.bfloat16)
     env = make_lanes(2, model=model, task=TokenTask(), **{**TINY, "parametrisation": parametrisation,
                                                          "raw_observation": True, "learning_rate": 0.05})
-    env.reset(seed=0)
-    for _ in range(3):
-        observation = env.step(env.action_space.sample())[0]
-    for lane in range(2):
-        exact = [np.linalg.norm(weight) for weight in dense_weights(env, lane)]
-        np.testing.assert_allclose(observation[lane, :, 2], exact, rtol=1e-5)
+    assert_norms_are_exact(env)
 
 
 def test_an_agent_without_graphs_does_the_same() -> None:

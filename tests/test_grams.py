@@ -8,7 +8,7 @@ import torch
 
 from lelora_env.tasks.dataset import DatasetTask
 from tests.families import tiny_model
-from tests.helpers import TokenTask, dense_weights, make_lanes, two_layer
+from tests.helpers import TokenTask, assert_norms_are_exact, dense_weights, make_lanes, two_layer
 
 
 def numbers_task(inputs: int, outputs: int) -> DatasetTask:
@@ -69,9 +69,4 @@ def test_norms_are_exact_for_a_bf16_model(parametrisation: str) -> None:
     env = make_lanes(2, model=model, task=TokenTask(), rank_set=(0, 2, 4), reward_size=8, tune_size=0, batch_size=4,
                      horizon=10, raw_observation=True, parametrisation=parametrisation, target_modules="all-linear",
                      learning_rate=0.05)
-    env.reset(seed=0)
-    for _ in range(3):
-        observation = env.step(env.action_space.sample())[0]
-    for lane in range(2):
-        exact = [np.linalg.norm(weight) for weight in dense_weights(env, lane)]
-        np.testing.assert_allclose(observation[lane, :, 2], exact, rtol=1e-5)
+    assert_norms_are_exact(env)

@@ -3,7 +3,7 @@
 For each problem and method: the interquartile mean of the scores over seeds with a 95 % bootstrap interval, after
 Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice". Against the
 reference: the probability that a run of the method beats one of the reference (ties count half), meaned over problems,
-with an interval from resampling the seeds within each problem. Every draw comes from one explicit generator.
+with an interval from resampling the seeds within each problem. Every estimate has an explicit generator of its own.
 
 A diverged run, or one whose score is no finite number, counts with the score of the untrained model. A crashed one is
 shown and never counted: a method with crashes looks better than it is. With few runs bootstrap intervals are too

@@ -74,7 +74,7 @@ def check_sweep(sweep: Sweep) -> None:
         if method.agent not in (*AGENT_NAMES, ORACLE):
             raise UnknownNameError(f"agent of method {method.name!r}:", method.agent, (*AGENT_NAMES, ORACLE))
     for run in sweep.runs():
-        if run.problem.instance is None:
+        if run.problem.instance is None and run.seed == sweep.seeds[0]:  # options do not depend on the seed
             split_options({name: value for name, value in run.environment.items() if name not in ("model", "task")})
 
 
@@ -128,58 +128,30 @@ class Contest:
 
     def run(self) -> list[dict[str, Any]]:
         """Fine-tune every lane for one episode; one record a run."""
+        from agents import run
+
         base, started = self.base, time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        observation, infos = self.env.reset(seed=[run.seed for run in self.runs])
+        seeds: Any = [run.seed for run in self.runs]
+        _, infos = self.env.reset(seed=seeds)
         before = self._scores("eval")
-        losses, actions = [infos["L1"].copy()], []
-        trained, alive = [], np.ones(len(self.runs), dtype=bool)
-        steps = np.zeros(len(self.runs), dtype=np.int64)  # of each lane, up to the one in which it diverged
+        contestants: Any = _Contestants(self.agents, infos["L1"])
         training = time.monotonic()
-        for _ in range(base.horizon):
-            action = self.agents.act(observation)
-            transition, observation = self._step(observation, action, alive)
-            self._learn(transition, alive)
-            steps += alive
-            alive &= ~transition.info["diverged"].astype(bool)
-            losses.append(np.where(alive, transition.info["L1"], np.nan))
-            actions.append(action)
-            trained.append(transition.info["trained_parameters"])
-            if not alive.any():
-                break
-        seconds = (time.monotonic() - training) / len(actions)
-        after, tune = self._scores("eval"), self._scores("tune") if base.env_config.tune_size else None
+        run(self.env, contestants, env_steps=base.horizon, seed=seeds)
+        seconds = (time.monotonic() - training) / base.horizon
+        after = self._scores("eval")
+        tune = self._scores("tune") if base.env_config.tune_size else [None] * len(self.runs)
         shared = {
             "metric": base.task.metric, "lanes": len(self.runs), "seconds_a_step": seconds,
             "seconds": time.monotonic() - started, "stored_parameters": self._stored(),
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "settings": as_options(base.adapter_config, base.env_config), "horizon": base.horizon,
         }
-        history = np.stack(losses), np.stack(actions), np.stack(trained)
         self.env.close()
-        whole = alive & np.isfinite(after)
-        return [{**shared, **self._record(lane, bool(whole[lane]), before, after, tune,
-                                          [part[:, lane][: steps[lane] + (part is history[0])] for part in history])}
-                for lane in range(len(self.runs))]
-
-    def _step(self, observation: np.ndarray, action: np.ndarray, alive: np.ndarray) -> tuple["Transition", np.ndarray]:
-        """One env step; lanes that diverged are reset and run on unheeded, so that the others keep their shapes."""
-        from agents import Transition
-
-        after, reward, terminated, truncated, infos = self.env.step(action)
-        info = {name: value for name, value in infos.items() if not name.startswith("_")}
-        transition = Transition(observation, action, reward, terminated, truncated, info, after)
-        lost = terminated & info["diverged"].astype(bool)
-        if lost.any():
-            first, _ = self.env.reset(options={"reset_mask": lost})
-            after = np.where(lost[:, None, None], first, after)
-        return transition, after
-
-    def _learn(self, transition: "Transition", alive: np.ndarray) -> None:
-        """Let the agents of the lanes that still count learn."""
-        for lane in np.flatnonzero(alive):
-            self.agents.update_lane(int(lane), transition)
+        whole = contestants.alive & np.isfinite(after)
+        return [{**shared, **self._record(bool(whole[lane]), before[lane], after[lane], tune[lane],
+                                          contestants.history(lane))} for lane in range(len(self.runs))]
 
     def _scores(self, split: str) -> list[float]:
         return [score[self.base.task.metric] for score in self.base.evaluate(split)]
@@ -189,17 +161,47 @@ class Contest:
         return sum(rows[0].numel() for rows in self.base.tuner.bank.rows.values())
 
     def _record(
-        self, lane: int, alive: bool, before: list[float], after: list[float], tune: list[float] | None,
-        history: list[np.ndarray],
+        self, alive: bool, before: float, after: float, tune: float | None,
+        history: tuple[np.ndarray, np.ndarray, np.ndarray],
     ) -> dict[str, Any]:
         losses, actions, trained = history
         allocation = decode_action(actions, len(actions), self.base.table)
         return {
             "status": FINISHED if alive else DIVERGED,
-            "score_before": before[lane], "score": after[lane] if alive else None,
-            "tune": None if tune is None or not alive else tune[lane],
+            "score_before": before, "score": after if alive else None, "tune": tune if alive else None,
             "losses": losses.tolist(),
             "trained_parameters": float(trained.mean()), "trained_parameters_end": float(trained[-1]),
             "mean_rank": float(allocated_ranks(allocation, self.base.table).double().mean()),
             "actions": actions.tolist(),
         }
+
+
+class _Contestants:
+    """The agents as the loop sees them: those of lanes that diverged neither learn nor count any longer."""
+
+    def __init__(self, agents: SideBySide, losses: np.ndarray) -> None:
+        self.agents = agents
+        self.alive = np.ones(len(losses), dtype=bool)
+        self._steps = np.zeros(len(losses), dtype=np.int64)  # of each lane, up to the one in which it diverged
+        self._losses = [losses.copy()]
+        self._actions: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        return self.agents.act(observation)
+
+    def update(self, transition: "Transition") -> dict[str, float]:
+        for lane in np.flatnonzero(self.alive):
+            self.agents.update_lane(int(lane), transition)
+        self._steps += self.alive
+        self.alive &= ~transition.info["diverged"].astype(bool)
+        self._losses.append(np.where(self.alive, transition.info["L1"], np.nan))
+        self._actions.append(transition.action)
+        self._trained.append(transition.info["trained_parameters"])
+        return {}
+
+    def history(self, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A lane's losses (from before its first step on), actions and numbers of trained parameters."""
+        steps = self._steps[lane]
+        losses, actions, trained = (np.stack(part)[:, lane] for part in (self._losses, self._actions, self._trained))
+        return losses[: steps + 1], actions[:steps], trained[:steps]
