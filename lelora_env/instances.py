@@ -50,9 +50,13 @@ class Instance:
         return self.name.partition("/")[0]
 
 
+# Prices: under `planted-priced` a component costs more in an env step than it earns in that step, and pays over the
+# rest of the run, so its optimum is that of the return; under `planted-charged` a needed component costs about half
+# of what it earns in an average step, so an agent that looks at one reward at a time (γ = 0) has the same optimum.
 _PLANTED: dict[str, dict[str, Any]] = {
     "planted-free": {"plan": "by_type_and_depth"},
     "planted-priced": {"plan": "by_type_and_depth", "ranks": (4, 8), "rank_cost": 1.0},
+    "planted-charged": {"plan": "by_type_and_depth", "ranks": (4, 8), "rank_cost": 0.15},
     "planted-type": {"plan": "by_type"},
     "planted-deep": {"plan": "by_type_and_depth", "layers": 12, "width": 64},
 }
