@@ -36,11 +36,20 @@ class RandomAllocation:
         return self._kept.copy()
 
     def _draw(self, lanes: int) -> Array:
+        action: Array = self._uniform(lanes).sample(self.generator).flatten(1).numpy()
+        return action
+
+    def _uniform(self, lanes: int) -> ActionDistribution:
         masks = torch.as_tensor(self.spec.rank_mask), torch.as_tensor(self.spec.location_mask)
         flat = [torch.zeros(lanes, *mask.shape) for mask in masks]
-        uniform = ActionDistribution.from_logits(*flat, rank_mask=masks[0], location_mask=masks[1])
-        action: Array = uniform.sample(self.generator).flatten(1).numpy()
-        return action
+        return ActionDistribution.from_logits(*flat, rank_mask=masks[0], location_mask=masks[1])
+
+    def probabilities(self, observation: Array) -> Array:
+        """The probability of every choice: (L, M, F) -> (L, M, R, S) float32."""
+        if self.frozen and self._kept is not None and len(self._kept) == len(observation):
+            return one_hot(self._kept, self.spec)
+        found: Array = self._uniform(len(observation)).joint().numpy()
+        return found
 
     def update(self, transition: Transition) -> dict[str, float]:
         """Learns nothing."""
@@ -100,6 +109,10 @@ class FixedAllocation:
         """The allocation once for every lane, (L, 2M) int64."""
         return np.tile(self.action, (len(observation), 1))
 
+    def probabilities(self, observation: Array) -> Array:
+        """1 for the allocation's choices: (L, M, F) -> (L, M, R, S) float32."""
+        return one_hot(self.act(observation), self.spec)
+
     def update(self, transition: Transition) -> dict[str, float]:
         """Learns nothing."""
         return {}
@@ -120,6 +133,15 @@ class FixedAllocation:
             raise LeLoRAError(f"the saved allocation is for {len(state['action']) // 2} matrices, the environment has "
                               f"{self.spec.num_matrices}")
         self.action = np.array(state["action"], dtype=np.int64)
+
+
+def one_hot(action: Array, spec: AgentSpec) -> Array:
+    """Actions (L, 2M) as probabilities of all choices, (L, M, R, S) float32."""
+    pairs = action.reshape(len(action), spec.num_matrices, 2)
+    result = np.zeros((*pairs.shape[:2], len(spec.rank_set), len(spec.locations)), dtype=np.float32)
+    np.put_along_axis(result.reshape(*pairs.shape[:2], -1),
+                      (pairs[..., :1] * len(spec.locations) + pairs[..., 1:]), 1.0, axis=2)
+    return result
 
 
 def _uniform(spec: AgentSpec, rank: int | None, location: str | float) -> list[tuple[int, str | float]]:

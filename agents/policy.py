@@ -5,15 +5,20 @@ Shapes: L lanes · M matrices · F features · R ranks · S locations.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agents.agent import Array
+from agents.bodies import initialise, make_body
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError, UnknownNameError
+
+LayerAs = Literal["embedding", "depth"]
+HATS = 7
+"""Points at which a policy tells relative depths apart."""
 
 MASKED = -1e9
 """Logit of an illegal choice: its probability is exactly 0, and gradients stay finite."""
@@ -31,23 +36,30 @@ class PerMatrixPolicy(nn.Module):
     environment's ``progress`` column and the optional extras are therefore *not* read unless
     `columns` names them. The paper reads plain values: make the environment with
     ``raw_observation=True`` for that; the environment's default, scaled ones train better.
+
+    With ``layer_as="depth"`` the layer is read as its relative depth, from 0 (first) to 1 (last), through `HATS`
+    overlapping hat functions. Such a policy can be used on a model with more or fewer layers.
     """
 
     columns: Tensor
 
-    def __init__(self, spec: AgentSpec, *, embedding: int = 200, hidden: Sequence[int] = (1024, 256, 64),
-                 columns: Sequence[str] | None = None, seed: int = 0) -> None:
+    def __init__(self, spec: AgentSpec, *, network: str = "mlp", embedding: int = 200, layer_as: LayerAs = "embedding",
+                 hidden: Sequence[int] = (1024, 256, 64), columns: Sequence[str] | None = None,
+                 head_scale: float = 1.0, seed: int = 0) -> None:
         """Build the network; neither reads nor moves the global random generator.
 
         Args:
             spec: Names and sizes of the environment.
+            network: The body between features and heads: a name in `agents.bodies.BODIES`.
             embedding: Dimensions of the layer and of the type embedding; 0 leaves both out.
+            layer_as: Whether the layer index goes through an embedding or is read as relative depth.
             hidden: Widths of the hidden layers.
             columns: Continuous features to read, by name; ``None`` = ``norm`` and all ``sv_*``.
+            head_scale: Factor of the heads' initial weights; near 0 every choice begins equally likely.
             seed: Seed of the initial weights.
 
         Raises:
-            UnknownNameError: `columns` names a feature that the environment does not have.
+            UnknownNameError: `columns` names a feature that the environment does not have; or no such body.
         """
         super().__init__()
         names = spec.feature_names
@@ -55,23 +67,25 @@ class PerMatrixPolicy(nn.Module):
         for name in chosen:
             if name not in names:
                 raise UnknownNameError("feature", name, names)
+        if layer_as not in get_args(LayerAs):
+            raise UnknownNameError("layer_as", layer_as, get_args(LayerAs))
+        self.settings = {"network": network, "embedding": embedding, "layer_as": layer_as, "hidden": list(hidden),
+                         "columns": chosen, "head_scale": head_scale}
         self.register_buffer("columns", torch.tensor([names.index(name) for name in chosen]), persistent=False)
-        self.indices = {name: names.index(name) for name in spec.index_ranges} if embedding else {}
+        embedded = [n for n in spec.index_ranges if embedding and not (n == "layer" and layer_as == "depth")]
+        self.indices = {name: names.index(name) for name in embedded}
         self.ranges = dict(spec.index_ranges)
+        self.depth = names.index("layer") if layer_as == "depth" and "layer" in self.ranges else None
         with torch.random.fork_rng(devices=[]):
             sizes = {name: high - low + 1 for name, (low, high) in self.ranges.items() if name in self.indices}
             self.embeddings = nn.ModuleDict({f"{n}_index": nn.Embedding(k, embedding) for n, k in sizes.items()})
-            widths = [embedding * len(self.embeddings) + len(self.columns), *hidden]
-            layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(widths)]
-            self.body = nn.Sequential(*layers)
-            self.rank_head = nn.Linear(widths[-1], len(spec.rank_set))
-            self.location_head = nn.Linear(widths[-1], len(spec.locations))
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
-            else:
-                nn.init.zeros_(parameter)
+            inputs = embedding * len(sizes) + len(chosen) + (0 if self.depth is None else HATS)
+            self.body = make_body(network, inputs, hidden, torch.Generator())
+            self.rank_head = nn.Linear(self.body.outputs, len(spec.rank_set))
+            self.location_head = nn.Linear(self.body.outputs, len(spec.locations))
+        initialise(self, torch.Generator().manual_seed(seed))
+        for head in (self.rank_head, self.location_head):
+            head.weight.data.mul_(head_scale)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of each matrix's choices.
@@ -84,6 +98,8 @@ class PerMatrixPolicy(nn.Module):
         """
         parts = [self._embed(name, observation[..., column]) for name, column in self.indices.items()]
         values = observation.index_select(-1, self.columns)
+        if self.depth is not None:
+            parts.append(self._hats(observation[..., self.depth]))
         hidden = self.body(torch.cat([*parts, values], dim=-1))  # (L, M, H)
         return self.rank_head(hidden), self.location_head(hidden)
 
@@ -100,6 +116,12 @@ class PerMatrixPolicy(nn.Module):
             if not low <= smallest <= largest <= high:  # not so for NaN either
                 raise LeLoRAError(f"the policy was made for {name} indices from {low} to {high}, the observation holds "
                                   f"{smallest:g} to {largest:g}; make a policy for this environment")
+
+    def _hats(self, layer: Tensor) -> Tensor:
+        """Relative depth as the weights of its two neighbours among `HATS` points: (L, M) -> (L, M, HATS)."""
+        low, high = self.ranges["layer"]
+        place = (layer - low) / max(1, high - low) * (HATS - 1)
+        return (1 - (place.unsqueeze(-1) - torch.arange(HATS, device=layer.device)).abs()).clamp_min(0)
 
     def _embed(self, name: str, values: Tensor) -> Tensor:
         low, high = self.ranges[name]
@@ -165,6 +187,10 @@ class ActionDistribution:
     def mode(self) -> Tensor:
         """The likeliest choices, (L, M, 2) int64."""
         return torch.stack([self.rank_log_probs.argmax(-1), self.location_log_probs.argmax(-1)], dim=-1)
+
+    def joint(self) -> Tensor:
+        """The probability of every pair of rank and location, (L, M, R, S); rank 0 is spread over all locations."""
+        return self.rank_log_probs.exp().unsqueeze(-1) * self.location_log_probs.exp().unsqueeze(-2)
 
     def log_prob(self, choice: Tensor) -> Tensor:
         """Log-probability in nats of a (L, M, 2) choice, (L, M)."""

@@ -1,15 +1,22 @@
-"""REINFORCE for allocations (Williams, 1992), as the LeLoRA paper uses it: the whole algorithm in one file.
+"""REINFORCE for allocations (Williams, 1992): the whole algorithm in one file.
 
 After each env step, with the shared scalar reward r of a lane and a_m the choice of matrix m::
 
-    baseline b   = running mean of recent rewards, as it was before this reward
-    loss         = - mean over lanes [ (r - b) · mean over matrices  log p(a_m | features_m) ]     (Eq. 9)
-    one Adam step on the loss                                                                      (Eq. 10)
+    advantage    = r - b
+    loss         = - mean over lanes [ advantage · mean over matrices  log p(a_m | features_m) ]     (Eq. 9)
+    one Adam step on the loss                                                                        (Eq. 10)
 
 The paper minimises the loss R = L1 + α·L2 = -r, so the signs agree. Its 1/n is read as the mean over
-the n matrices. Preset ``paper`` is known to collapse to one choice for all matrices within tens of
-steps on real runs (the loss falls while training, so a lagging baseline praises whatever was done);
-it is here because it is what the paper describes, and it does learn where rewards are stationary.
+the n matrices. The presets differ in the baseline b, in what the network sees and where it begins:
+
+``paper``: b is a running mean of recent rewards, as it was before this one. On real runs it collapses to one choice for
+all matrices within tens of steps: the loss falls while training goes on, so a lagging baseline praises whatever was
+done. It is here because it is what the paper describes, and it does learn where rewards are stationary.
+
+``practical`` (the default): L1 = L1_before + L2, so r = -L1_before - (1+α)·L2 - prices, and -L1_before is known before
+the action: an exact part of the baseline. From what is left, the mean of the other lanes at the same env step is taken
+off (leave-one-out; Kool et al., 2019); with one lane, its slow mean. The difference is divided by its slow root mean
+square and clipped, so that neither the scale of a task nor one diverging lane decides the size of an update.
 
 Shapes: L lanes · M matrices · F features.
 """
@@ -20,15 +27,16 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agents.agent import Array, Transition
+from agents.baseline import RunningMean, expected, known_part
 from agents.options import annotations_of, check_options
-from agents.policy import ActionDistribution, PerMatrixPolicy, gumbel, require_finite
+from agents.policy import ActionDistribution, LayerAs, PerMatrixPolicy, gumbel, require_finite
 from agents.spec import AgentSpec
 from lelora_env.capture import Captured
 from lelora_env.errors import LeLoRAError, UnknownNameError
@@ -38,21 +46,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceConfig:
-    """Settings of REINFORCE; the defaults are the paper's (Appendix B).
+    """Settings of REINFORCE; the defaults here are the paper's (Appendix B), see `PRESETS`.
 
     Attributes:
         learning_rate: Adam's, above 0.
-        baseline_decay: Decay of the running mean of rewards, in [0, 1).
+        baseline: ``"running_mean"`` of rewards, or ``"known"``: see the top of the file.
+        baseline_decay: Decay of the running means, in [0, 1).
+        scaled: Whether advantages are divided by their slow root mean square, and clipped to ± `CLIP`.
+        entropy_bonus: Weight of the mean entropy (nats) in the loss, at least 0.
+        network: Body of the network, see `agents.bodies`.
         embedding: Dimensions of the layer and the type embedding.
+        layer_as: How the layer is read, see `PerMatrixPolicy`.
         hidden: Widths of the network's hidden layers.
+        head_scale: Factor of the heads' initial weights, at least 0.
         columns: Continuous features to read; ``None`` = norm and singular values.
         rank_zero_rule: Whether a matrix with rank 0 counts no location (see `ActionDistribution`).
     """
 
     learning_rate: float = 1e-3
+    baseline: Literal["running_mean", "known"] = "running_mean"
     baseline_decay: float = 0.9
+    scaled: bool = False
+    entropy_bonus: float = 0.0
+    network: str = "mlp"
     embedding: int = 200
+    layer_as: LayerAs = "embedding"
     hidden: tuple[int, ...] = (1024, 256, 64)
+    head_scale: float = 1.0
     columns: tuple[str, ...] | None = None
     rank_zero_rule: bool = False
 
@@ -61,6 +81,9 @@ class ReinforceConfig:
         check_options("reinforce", {name: getattr(self, name) for name in kinds}, kinds)
         rules = {"learning_rate": (math.isfinite(self.learning_rate) and self.learning_rate > 0, "a positive number"),
                  "baseline_decay": (0 <= self.baseline_decay < 1, "in [0, 1)"),
+                 "baseline": (self.baseline in ("running_mean", "known"), "'running_mean' or 'known'"),
+                 "entropy_bonus": (math.isfinite(self.entropy_bonus) and self.entropy_bonus >= 0, "at least 0"),
+                 "head_scale": (math.isfinite(self.head_scale) and self.head_scale >= 0, "at least 0"),
                  "embedding": (self.embedding >= 0, "an integer of at least 0"),
                  "hidden": (min(self.hidden, default=1) >= 1, "a list of integers of at least 1")}
         for name, (fits, rule) in rules.items():
@@ -68,33 +91,27 @@ class ReinforceConfig:
                 raise LeLoRAError(f"{name} must be {rule} (got {getattr(self, name)!r})")
 
 
-PRESETS: dict[str, ReinforceConfig] = {"paper": ReinforceConfig()}
+NETWORK_OPTIONS = ("network", "embedding", "layer_as", "hidden", "head_scale", "columns")
+"""Fields of `ReinforceConfig` that `PerMatrixPolicy` takes."""
+
+PRESETS: dict[str, ReinforceConfig] = {
+    "practical": ReinforceConfig(
+        learning_rate=5e-4, baseline="known", baseline_decay=0.99, scaled=True, entropy_bonus=0.05, embedding=8, layer_as="depth",
+        hidden=(64, 64), head_scale=0.01, rank_zero_rule=True,
+    ),
+    "paper": ReinforceConfig(),
+}
 """Named settings; keyword options of `Reinforce` change single ones."""
 
 
-class RunningMean:
-    """Exponential running mean, corrected for its start at 0; 0 while nothing has been seen."""
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.total = 0.0
-        self.count = 0
-
-    @property
-    def value(self) -> float:
-        """The mean of what was added so far."""
-        return self.total / (1 - self.decay**self.count) if self.count else 0.0
-
-    def add(self, value: float) -> None:
-        """Let one more value count."""
-        self.total = self.decay * self.total + (1 - self.decay) * value
-        self.count += 1
+CLIP = 5.0
+"""Largest scaled advantage, in root mean squares."""
 
 
 class Reinforce:
     """A policy network trained by REINFORCE, one update per env step over all lanes (an `Agent`)."""
 
-    def __init__(self, spec: AgentSpec, *, preset: str = "paper", seed: int = 0, device: str | None = None,
+    def __init__(self, spec: AgentSpec, *, preset: str = "practical", seed: int = 0, device: str | None = None,
                  cuda_graphs: bool = True, policy: nn.Module | None = None, **options: Any) -> None:
         """Build network, optimiser and a noise generator of its own.
 
@@ -121,14 +138,15 @@ class Reinforce:
         self.spec, self.preset, self.device = spec, preset, _device(device or spec.device)
         self.config = replace(PRESETS[preset], **options)
         if policy is None:
-            policy = PerMatrixPolicy(spec, embedding=self.config.embedding, hidden=self.config.hidden,
-                                     columns=self.config.columns, seed=seed)
+            wanted = {name: getattr(self.config, name) for name in NETWORK_OPTIONS}
+            policy = PerMatrixPolicy(spec, seed=seed, **wanted)
         self.policy = policy.to(self.device)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
         self.optimiser = torch.optim.Adam(self.parameters, lr=self.config.learning_rate, capturable=on_gpu,
                                           fused=on_gpu or None)
         self.baseline = RunningMean(self.config.baseline_decay)
+        self.square = RunningMean(self.config.baseline_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self._rank_mask = torch.as_tensor(spec.rank_mask, device=self.device)
         self._location_mask = torch.as_tensor(spec.location_mask, device=self.device)
@@ -158,6 +176,12 @@ class Reinforce:
         self._check(observation)
         found = self._distribution(torch.as_tensor(observation, device=self.device))
         require_finite(bool(found.finite))
+        return found
+
+    def probabilities(self, observation: Array) -> Array:
+        """The probability of every choice: (L, M, F) -> (L, M, R, S) float32; see `ActionDistribution.joint`."""
+        with torch.no_grad():
+            found: Array = self.distribution(observation).joint().cpu().numpy()
         return found
 
     def _check(self, observation: Array) -> None:
@@ -223,10 +247,24 @@ class Reinforce:
                            int(skipped), len(reward))
         if not usable.any():
             return {"skipped_lanes": skipped}
-        baseline = self.baseline.value
-        scalars = self._step(transition, np.where(usable, reward - baseline, 0.0), usable / usable.sum())
-        self.baseline.add(float(reward[usable].mean()))
-        return {**scalars, "baseline": baseline, "skipped_lanes": skipped}
+        slow, alone = self.baseline.value, self.config.baseline == "running_mean"
+        known = np.zeros(len(reward)) if alone else known_part(transition)
+        surprise = np.where(usable, reward - known, 0.0)
+        baseline = known + (slow if alone else expected(surprise, usable, slow))
+        advantage = self._scale(np.where(usable, reward - baseline, 0.0), usable)
+        scalars = self._step(transition, advantage, usable / usable.sum())
+        self.baseline.add(float(surprise[usable].mean()))
+        return {**scalars, "baseline": float(baseline[usable].mean()), "skipped_lanes": skipped}
+
+    def _scale(self, advantage: Array, usable: Array) -> Array:
+        """Advantages in root mean squares of the recent ones, this one counted, clipped; (L,)."""
+        if not self.config.scaled:
+            return advantage
+        limit = CLIP * math.sqrt(self.square.value) if self.square.count else math.inf
+        advantage = advantage.clip(-limit, limit)
+        self.square.add(float(np.square(advantage[usable]).mean()))
+        size = math.sqrt(self.square.value)
+        return advantage / size if size > 0 else advantage
 
     def _step(self, transition: Transition, advantage: Array, weight: Array) -> dict[str, float]:
         """Follow the policy gradient once; `advantage` and `weight` (of a lane in the mean) are (L,) float64."""
@@ -250,7 +288,8 @@ class Reinforce:
         """Put the gradient of the loss into place; returns loss, entropy, log-probability and gradient norm, (4,)."""
         distribution, weight = self._distribution(self._inputs["observation"]), self._inputs["weight"]
         log_prob = distribution.log_prob(self._inputs["choice"]).mean(dim=1)  # (L,)
-        loss = -(weight * self._inputs["advantage"] * log_prob).sum()
+        entropy = (weight * distribution.entropy().mean(dim=1)).sum()
+        loss = -(weight * self._inputs["advantage"] * log_prob).sum() - self.config.entropy_bonus * entropy
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None or parameter.grad is None:
@@ -258,7 +297,6 @@ class Reinforce:
             else:
                 parameter.grad.copy_(gradient)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None]))
-        entropy = (weight * distribution.entropy().mean(dim=1)).sum()
         return torch.stack([loss, entropy, (weight * log_prob).sum(), norm]).detach()
 
     def _apply(self) -> None:
@@ -284,7 +322,7 @@ class Reinforce:
             "agent": "reinforce", "preset": self.preset, "config": _plain(asdict(self.config)),
             "spec": self.spec.fingerprint(),
             "policy": dict(self.policy.state_dict()), "optimiser": self.optimiser.state_dict(),
-            "baseline": {"total": self.baseline.total, "count": self.baseline.count},
+            "baseline": self.baseline.state(), "square": self.square.state(),
             "generator": self.generator.get_state()}
         return copy.deepcopy(state)
 
@@ -308,7 +346,8 @@ class Reinforce:
             raise LeLoRAError(f"the saved policy does not fit this environment: {text}") from None
         self.optimiser.load_state_dict(self._own_kernels(copy.deepcopy(state["optimiser"])))
         self._record()
-        self.baseline.total, self.baseline.count = state["baseline"]["total"], state["baseline"]["count"]
+        self.baseline.set(state["baseline"])
+        self.square.set(state["square"])
         self.generator.set_state(state["generator"].cpu())
 
 

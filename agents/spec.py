@@ -12,6 +12,7 @@ from gymnasium.vector import VectorEnv
 
 from agents.agent import AnyEnv, Array
 from lelora_env.errors import LeLoRAError, UnknownNameError
+from lelora_env.matrices import MatrixInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,9 @@ class AgentSpec:
         observation_space: The single environment's observation space.
         action_space: The single environment's action space.
         device: Where the environment computes, such as ``"cpu"`` or ``"cuda"``.
+        component_mask: The bank slots that each choice trains, (M, R, S, K) bool; ``None`` where there is no bank.
+        choice_sizes: Parameters that each rank trains, (M, R) int64, heads not counted; ``None`` where not known.
+        matrices: What is known of each matrix: name, type, layer, shape; empty where nothing is.
     """
 
     feature_names: tuple[str, ...]
@@ -41,6 +45,9 @@ class AgentSpec:
     observation_space: spaces.Box = field(repr=False)
     action_space: spaces.MultiDiscrete = field(repr=False)
     device: str = "cpu"
+    component_mask: Array | None = field(default=None, repr=False)
+    choice_sizes: Array | None = field(default=None, repr=False)
+    matrices: tuple[MatrixInfo, ...] = field(default=(), repr=False)
 
     @classmethod
     def from_env(cls, env: AnyEnv) -> "AgentSpec":
@@ -69,13 +76,29 @@ class AgentSpec:
         low, high = observation_space.low, observation_space.high  # (M, F)
         ranges = {name: (int(low[:, i].min()), int(high[:, i].max())) for name, i in columns.items()}
         return cls(names, tuple(config.rank_set), tuple(config.location_names), masks[:, :num_ranks],
-                   masks[:, num_ranks:], ranges, env.num_envs if isinstance(env, VectorEnv) else 1,
-                   observation_space, action_space, str(getattr(base, "device", "cpu")))
+                   masks[:, num_ranks:], ranges,
+                   env.num_envs if isinstance(env, VectorEnv) else int(getattr(env, "num_lanes", 1)),
+                   observation_space, action_space, str(getattr(base, "device", "cpu")), *_bank(base),
+                   tuple(getattr(base, "matrices", ())))
 
     @property
     def num_matrices(self) -> int:
         """M."""
         return len(self.rank_mask)
+
+    def location_name(self, location: str | float) -> str:
+        """The name of a location that is given by name or by its fraction of the spectrum.
+
+        Raises:
+            UnknownNameError: No such location.
+            LeLoRAError: Neither a name nor a number.
+        """
+        if not isinstance(location, str | float | int):
+            raise LeLoRAError(f"location must be a name or a fraction of the spectrum (got {location!r})")
+        name = location if isinstance(location, str) else f"at_{location:g}"
+        if name not in self.locations:
+            raise UnknownNameError("location", str(location), self.locations)
+        return name
 
     def choice(self, matrix: int, rank: int, location: str | float) -> tuple[int, int]:
         """The (rank index, location index) of a choice for one matrix.
@@ -89,11 +112,7 @@ class AgentSpec:
             LeLoRAError: The rank is not in the rank set, or is above this matrix.
             UnknownNameError: No such location.
         """
-        if not isinstance(location, str | float | int):
-            raise LeLoRAError(f"location must be a name or a fraction of the spectrum (got {location!r})")
-        name = location if isinstance(location, str) else f"at_{location:g}"
-        if name not in self.locations:
-            raise UnknownNameError("location", str(location), self.locations)
+        name = self.location_name(location)
         if rank not in self.rank_set:
             raise LeLoRAError(f"rank must be one of the environment's rank set {self.rank_set} (got {rank})")
         index, place = self.rank_set.index(rank), self.locations.index(name)
@@ -101,6 +120,43 @@ class AgentSpec:
             legal = [r for r, ok in zip(self.rank_set, self.rank_mask[matrix], strict=True) if ok]
             raise LeLoRAError(f"rank {rank} at {name!r} is not legal for matrix {matrix}; its legal ranks are {legal}")
         return index, place
+
+    @property
+    def legal(self) -> Array:
+        """Legal choices, (M, R, S) bool."""
+        both: Array = self.rank_mask[:, :, None] & self.location_mask[:, None, :]
+        return both
+
+    def sizes(self) -> Array:
+        """Parameters that each rank trains, (M, R) int64.
+
+        Raises:
+            LeLoRAError: The environment does not say.
+        """
+        if self.choice_sizes is None:
+            raise LeLoRAError("this agent needs to know how many parameters a choice trains, which this environment "
+                              "does not say: use it on LeLoRA-v0")
+        return self.choice_sizes
+
+    def limit(self, budget: float) -> int:
+        """A budget as a number of parameters.
+
+        Args:
+            budget: Share of what the largest legal ranks everywhere train, in (0, 1].
+
+        Raises:
+            LeLoRAError: Not such a share, or even the smallest ranks exceed it.
+        """
+        sizes = self.sizes()
+        if not 0 < budget <= 1:
+            raise LeLoRAError(f"budget must be in (0, 1], a share of what the largest ranks train (got {budget!r})")
+        least, most = (int(pick(np.where(self.rank_mask, sizes, other), axis=1).sum())
+                       for pick, other in ((np.min, sizes.max()), (np.max, 0)))
+        limit = int(budget * most + 1e-9)
+        if limit < least:
+            raise LeLoRAError(f"the budget of {limit} parameters is below what the smallest ranks train, {least}: "
+                              "raise budget, or let rank_set begin with 0")
+        return limit
 
     def fingerprint(self) -> dict[str, Any]:
         """What a saved policy must agree with, as plain values."""
@@ -117,6 +173,15 @@ class AgentSpec:
             if saved.get(name) != here:
                 raise LeLoRAError(f"this agent state was saved for {name} = {saved.get(name)!r}, but the environment "
                                   f"has {here!r}; make the environment with the same options as then")
+
+
+def _bank(base: Any) -> tuple[Array | None, Array | None]:
+    """What each choice trains: its slots of the bank, and its number of parameters."""
+    if not hasattr(base, "table") or not hasattr(base, "matrices"):
+        return None, None
+    extra = 1 if base.adapter_config.parametrisation == "usv" else 0
+    sizes = np.array([m.out_features + m.in_features + extra for m in base.matrices], dtype=np.int64)
+    return base.table.mask.numpy(), base.table.ranks.numpy() * sizes[:, None]
 
 
 def _spaces(env: AnyEnv) -> tuple[Any, Any]:

@@ -1,0 +1,69 @@
+"""What of a reward the agent's choice can have caused: the rest is taken off before anything is learnt from it.
+
+Shapes: L lanes.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from agents.agent import Array, Transition
+
+
+class RunningMean:
+    """Exponential running mean, corrected for its start at 0; 0 while nothing has been seen."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.total = 0.0
+        self.count = 0
+
+    @property
+    def value(self) -> float:
+        """The mean of what was added so far."""
+        return self.total / (1 - self.decay**self.count) if self.count else 0.0
+
+    def add(self, value: float) -> None:
+        """Let one more value count."""
+        self.total = self.decay * self.total + (1 - self.decay) * value
+        self.count += 1
+
+    def state(self) -> dict[str, Any]:
+        """Its numbers."""
+        return {"total": self.total, "count": self.count}
+
+    def set(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        self.total, self.count = state["total"], state["count"]
+
+
+def known_part(transition: Transition) -> Array:
+    """The part of each reward that was known before the action, (L,) float64: -L1 of the env step before.
+
+    L1 = L1_before + L2, so the reward is -L1_before - (1 + α)·L2, less what is charged. Taking the first term off
+    changes no policy gradient where γ = 0, and with it goes nearly all of the drift of a run. Environments whose info
+    lacks L1 or L2 have no known part: 0.
+    """
+    info = transition.info
+    if not {"L1", "L2"} <= set(info):
+        return np.zeros(len(transition.reward))
+    before: Array = np.asarray(info["L1"], dtype=np.float64) - np.asarray(info["L2"], dtype=np.float64)
+    return -np.nan_to_num(before, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def expected(surprise: Array, usable: Array, slow: float) -> Array:
+    """What was to be expected of each lane's surprise, (L,), without looking at the lane's own.
+
+    The mean of the other lanes at the same env step (leave-one-out); a lane without company falls back on a slow mean.
+
+    Args:
+        surprise: (L,) rewards less their `known_part`; anything where not usable.
+        usable: (L,) bool: lanes that count.
+        slow: The slow mean.
+    """
+    count = int(usable.sum())
+    if count < 2:
+        return np.full(len(surprise), slow)
+    counted = np.where(usable, surprise, 0.0)
+    others: Array = (counted.sum() - counted) / (count - 1)
+    return others
