@@ -1,0 +1,174 @@
+"""What agents leave behind: a policy (one safetensors file) and a frozen allocation (JSON). No code in either.
+
+Shapes: M matrices.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.agent import Agent, Array
+from agents.policy import PerMatrixPolicy
+from agents.spec import AgentSpec
+from lelora_env.errors import LeLoRAError
+
+FORMAT = 1
+"""Version of both formats."""
+
+_HEADER = "lelora_policy"
+
+
+def save_policy(
+    policy: PerMatrixPolicy, spec: AgentSpec, path: str | Path, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write a policy, atomically: weights as tensors, everything else as JSON in the file's header.
+
+    Args:
+        policy: The network.
+        spec: What it was made for.
+        path: Where to; replaced if it exists.
+        about: Further plain values to keep, such as how it was trained.
+
+    Raises:
+        LeLoRAError: The file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT, "network": policy.settings, "made_for": _made_for(spec), "about": dict(about or {})}
+    weights = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    _replace(Path(path), lambda new: save_file(weights, new, {_HEADER: json.dumps(header)}))
+
+
+def load_policy(path: str | Path, spec: AgentSpec) -> PerMatrixPolicy:
+    """Read a policy for use in another environment: any number of matrices, any model with the same choices.
+
+    Raises:
+        LeLoRAError: Not a policy file, a damaged or newer one, or one for other choices or features.
+    """
+    header, weights = _read(Path(path))
+    made, here = header["made_for"], _made_for(spec)
+    for name in ("rank_set", "locations", "scaled", "spectrum_points"):
+        if made[name] != here[name]:
+            raise LeLoRAError(f"{path} holds a policy for {name} = {made[name]!r}, the environment has {here[name]!r}: "
+                              "make the environment with the same rank_set, locations and observation options")
+    settings = dict(header["network"])
+    if settings["layer_as"] == "embedding" and settings["embedding"] and made["layers"] != here["layers"]:
+        raise LeLoRAError(f"{path} holds a policy that knows layers by number, {made['layers']} of them; the model has "
+                          f"{here['layers']}. Only policies trained with layer_as='depth' can be used on other depths")
+    policy = PerMatrixPolicy(spec, **settings)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise LeLoRAError(f"{path} is not whole: {' '.join(str(error).split())}") from None
+    return policy
+
+
+def _made_for(spec: AgentSpec) -> dict[str, Any]:
+    low = spec.observation_space.low[0, spec.feature_names.index("norm")] if "norm" in spec.feature_names else 0.0
+    first, last = spec.index_ranges.get("layer", (0, 0))
+    return {"rank_set": list(spec.rank_set), "locations": list(spec.locations), "scaled": bool(low < 0),
+            "spectrum_points": sum(name.startswith("sv_") for name in spec.feature_names), "layers": last - first + 1}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise LeLoRAError(f"there is no policy file {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LeLoRAError(f"{path} is not a policy file, or damaged ({error})") from None
+    if not isinstance(header, dict):
+        raise LeLoRAError(f"{path} is a safetensors file, but not of a policy. `lelora train` writes "
+                          "policy.safetensors")
+    if header.get("format") != FORMAT:
+        raise LeLoRAError(f"{path} has policy format {header.get('format')!r}; this version reads {FORMAT}")
+    return header, weights
+
+
+def save_allocation(spec: AgentSpec, action: Array, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write a frozen allocation, atomically: a rank and a location for every matrix by name.
+
+    Args:
+        spec: The environment's choices and matrices.
+        action: (2M,) (rank index, location index) of each matrix.
+        path: Where to; replaced if it exists.
+        about: Further plain values to keep, such as how it was found and what that cost.
+
+    Raises:
+        LeLoRAError: The file cannot be written.
+    """
+    pairs = action.reshape(-1, 2)
+    rows = [{"name": m.name, "type": m.type, "layer": m.layer, "rank": spec.rank_set[rank],
+             "location": spec.locations[place]} for m, (rank, place) in zip(spec.matrices, pairs.tolist(), strict=True)]
+    trained = int(spec.sizes()[np.arange(len(pairs)), pairs[:, 0]].sum())
+    whole = {"format": FORMAT, "matrices": rows, "trained_parameters": trained, **dict(about or {})}
+    text = json.dumps(whole, indent=1)
+    _replace(Path(path), lambda new: new.write_text(text + "\n", encoding="utf-8"))
+
+
+def load_allocation(path: str | Path, spec: AgentSpec) -> list[tuple[int, str]]:
+    """Read a frozen allocation as one (rank, location) a matrix, in the environment's order.
+
+    Raises:
+        LeLoRAError: Not an allocation file, a newer one, or one for other matrices.
+    """
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = {row["name"]: (row["rank"], row["location"]) for row in held["matrices"]}
+    except FileNotFoundError:
+        raise LeLoRAError(f"there is no allocation file {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LeLoRAError(f"{path} is not an allocation file, or damaged ({type(error).__name__}: {error}). `lelora "
+                          "search` writes allocation.json") from None
+    if held.get("format") != FORMAT:
+        raise LeLoRAError(f"{path} has allocation format {held.get('format')!r}; this version reads {FORMAT}")
+    names = [matrix.name for matrix in spec.matrices]
+    missing = [name for name in names if name not in rows]
+    if missing or len(rows) != len(names):
+        raise LeLoRAError(f"{path} allots to {len(rows)} matrices, the environment has {len(names)}"
+                          + (f", among them {missing[0]!r}, which is not in the file" if missing else "")
+                          + ": use the model and the target_modules that it was found with")
+    return [rows[name] for name in names]
+
+
+def final_allocation(agent: Agent, observation: Array) -> Array:
+    """The one allocation that an agent stands for after learning, (2M,) int64.
+
+    Its own ``allocation()`` where it has that; else the likeliest choice of every matrix by its ``probabilities``.
+
+    Args:
+        agent: The agent.
+        observation: What it sees at the start of a run, (L, M, F); the first lane counts.
+
+    Raises:
+        LeLoRAError: It has neither.
+    """
+    if hasattr(agent, "allocation"):
+        return np.asarray(agent.allocation(), dtype=np.int64)
+    if not hasattr(agent, "probabilities"):
+        raise LeLoRAError(f"{type(agent).__name__} has neither allocation() nor probabilities(observation), so no "
+                          "single allocation can be read from it")
+    likely = agent.probabilities(observation[:1])[0]  # (M, R, S)
+    best = likely.reshape(len(likely), -1).argmax(1)
+    pairs: Array = np.stack(np.divmod(best, likely.shape[2]), axis=1).reshape(-1)
+    return pairs.astype(np.int64)
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, then move it there."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(new)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise LeLoRAError(f"cannot write {path}: {error.strerror or error}") from None
+

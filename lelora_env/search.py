@@ -1,0 +1,164 @@
+"""Searching one allocation for a whole run: many short runs under common random numbers, and the file that comes of it.
+
+A round is one run of every lane, all with the same rows in the same order; an agent chooses an allocation a lane,
+hears what loss each ended with on held-out training rows, and chooses again. What is left at the end is a frozen
+allocation, which ``lelora train --agent fixed --agent-set allocation=FILE`` trains with, on this task or another.
+
+Shapes: L lanes · M matrices.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+from lelora_env.config import as_options
+from lelora_env.errors import LeLoRAError
+from lelora_env.runs import check_writable, environment_facts, to_json
+from lelora_env.training import BUILT_IN
+
+if TYPE_CHECKING:
+    from agents import Agent, Transition
+
+RoundObserver = Callable[[int, float], None]
+"""Called after every round with its number, from 1, and the mean loss of its lanes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What `search` is to do.
+
+    Attributes:
+        model: As of ``lelora train``.
+        task: As of ``lelora train``.
+        task_options: Options of the task.
+        agent: Who searches, a name in ``agents.AGENT_NAMES``.
+        agent_options: Options of the agent.
+        rounds: Rounds; the search costs rounds · lanes runs.
+        lanes: L.
+        steps: Optimiser steps of a run.
+        budget: Share of what the largest ranks everywhere would train, in (0, 1]: no run trains more.
+        seed: Of the environment and the agent.
+        out: Folder for allocation.json and rounds.jsonl; must be new or empty.
+        options: Fields of ``AdapterConfig`` and ``EnvConfig`` that differ from `SEARCH`.
+    """
+
+    model: str = "minilm"
+    task: str = "docstrings"
+    task_options: dict[str, Any] = field(default_factory=dict)
+    agent: str = "additive"
+    agent_options: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 10
+    lanes: int = 48
+    steps: int = 300
+    budget: float = 0.5
+    seed: int = 0
+    out: Path
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "lanes", "steps"):
+            if getattr(self, name) < 1:
+                raise LeLoRAError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        if not 0 < self.budget <= 1:
+            raise LeLoRAError(f"budget must be in (0, 1] (got {self.budget})")
+        for name in ("horizon", "steps_per_action", "common_random_numbers", "parameter_budget"):
+            if name in self.options:
+                raise LeLoRAError(f"{name} is what a search sets itself: use --steps and --budget")
+
+
+SEARCH: dict[str, Any] = {"target_modules": "all-linear", "rank_set": (0, 2, 4, 8), "parametrisation": "unit",
+                          "reward_size": 1024, "learning_rate": 1e-3, "tune_size": 0}
+"""Settings of a search that differ from the environment's defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search came to.
+
+    Attributes:
+        path: The allocation file.
+        losses: (rounds, L) loss on the reward rows at the end of every run.
+        trained_parameters: Of the allocation.
+        runs: Fine-tuning runs made.
+        optimiser_steps: Optimiser steps made in all of them.
+        seconds: Wall time.
+    """
+
+    path: Path
+    losses: np.ndarray
+    trained_parameters: int
+    runs: int
+    optimiser_steps: int
+    seconds: float
+
+
+def search(settings: SearchSettings, observer: RoundObserver | None = None) -> SearchResult:
+    """Search, and leave ``allocation.json`` and ``rounds.jsonl`` in the settings' folder.
+
+    Raises:
+        LeLoRAError: Bad input, before anything is run; or a folder that cannot be written to.
+        KeyboardInterrupt: Ctrl-C; rounds.jsonl has what was reached.
+    """
+    from agents import AgentSpec, run
+    from agents.files import final_allocation, save_allocation
+
+    check_writable(settings.out)
+    started = time.monotonic()
+    env = _make_env(settings)
+    agent = _make_agent(settings, env)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    losses: list[np.ndarray] = []
+
+    def on_step(transition: "Transition", scalars: dict[str, float], step: int) -> None:
+        losses.append(np.array(transition.info["L1"]))
+        line = {"round": step, "losses": losses[-1], "actions": transition.action, "agent": scalars}
+        with (settings.out / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(to_json(line) + "\n")
+        if observer is not None:
+            observer(step, float(losses[-1].mean()))
+
+    run(env, agent, episodes=settings.rounds, seed=settings.seed, on_step=on_step)
+    first, _ = env.reset(seed=settings.seed)
+    action, spec = final_allocation(agent, first), AgentSpec.from_env(env)
+    base: Any = env.unwrapped
+    runs = settings.rounds * settings.lanes
+    cost = {"runs": runs, "optimiser_steps": runs * settings.steps, "seconds": round(time.monotonic() - started, 1),
+            "first_round_loss": float(losses[0].mean()), "last_round_loss": float(losses[-1].mean())}
+    told = {name: value for name, value in asdict(settings).items() if name not in ("out", "options")}
+    save_allocation(spec, action, settings.out / "allocation.json", {
+        "budget": settings.budget, "search": {**told, **cost}, "about": environment_facts(),
+        "options": _plain(as_options(base.adapter_config, base.env_config))})
+    env.close()
+    trained = int(spec.sizes()[np.arange(spec.num_matrices), action.reshape(-1, 2)[:, 0]].sum())
+    return SearchResult(path=settings.out / "allocation.json", losses=np.stack(losses), trained_parameters=trained,
+                        runs=runs, optimiser_steps=runs * settings.steps, seconds=cost["seconds"])
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def _make_env(settings: SearchSettings) -> Any:
+    from agents import required_options
+
+    task = {"name": settings.task, **settings.task_options} if settings.task_options else settings.task
+    return gym.make_vec(
+        "lelora_env:LeLoRA-v0", num_envs=settings.lanes, vectorization_mode="vector_entry_point",
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=task,
+        model=None if settings.model == BUILT_IN else settings.model,
+        **{**required_options(settings.agent), **SEARCH, **settings.options, "horizon": 1,
+           "steps_per_action": settings.steps, "common_random_numbers": True, "parameter_budget": settings.budget},
+    )
+
+
+def _make_agent(settings: SearchSettings, env: Any) -> "Agent":
+    """The agent, told of the budget where it can use it; others are held to it by the environment."""
+    from agents import make_agent, option_names
+
+    budget = {"budget": settings.budget} if "budget" in option_names(settings.agent) else {}
+    return make_agent(settings.agent, env, seed=settings.seed, **{**budget, **settings.agent_options})
