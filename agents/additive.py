@@ -13,13 +13,16 @@ import numpy as np
 import torch
 
 from agents.agent import Array, Transition
-from agents.baseline import RunningMean, known_part
+from agents.baseline import known_part
 from agents.controls import one_hot
 from agents.knapsack import best_choices
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
 EXPLORATIONS = ("thompson", "ucb")
+
+DECAY = 0.99
+"""Decay per round of the means that a lone lane is compared with."""
 
 
 class AdditiveModel:
@@ -28,8 +31,10 @@ class AdditiveModel:
     value(allocation) = Σ_m  w[m, location_m] · log2(1 + rank_m) + noise,  w ~ N(0, prior²)
 
     Rewards count less what was known before the action, and both sides less their mean over the lanes of the round, so
-    that the noise that lanes share drops out. Lanes act on draws of w (``thompson``) or on its mean plus `optimism`
-    standard deviations (``ucb``); each takes the allocation of greatest value within the budget.
+    that the noise that lanes share drops out; a lone lane has its own slow mean of earlier rounds instead. Lanes act on
+    draws of w (``thompson``), or on its mean plus `optimism`·|z| standard deviations with a normal z for every
+    coefficient and lane (``ucb``, randomised because lanes that all do the same tell nothing); each takes the
+    allocation of greatest value within the budget.
     """
 
     def __init__(self, spec: AgentSpec, *, budget: float | None = 0.5, exploration: str = "thompson",
@@ -58,16 +63,15 @@ class AdditiveModel:
         self.gain = np.log2(1.0 + np.array(spec.rank_set))
         size = spec.num_matrices * len(spec.locations)
         self.xx, self.xy, self.yy, self.count = np.zeros((size, size)), np.zeros(size), 0.0, 0
-        self.slow = RunningMean(0.99)
+        self.earlier, self.weight = np.zeros(size + 1), 0.0  # decayed sums of (x, y) and of 1
 
     def act(self, observation: Array) -> Array:
         """One allocation for every lane: (L, M, F) -> (L, 2M) int64."""
         mean, factor = self._posterior()
+        noise = self.generator.standard_normal((len(observation), len(mean)))
         if self.exploration == "ucb":
-            drawn = np.tile(mean + self.optimism * np.sqrt(np.square(factor).sum(1)), (len(observation), 1))
-        else:
-            drawn = mean + self.generator.standard_normal((len(observation), len(mean))) @ factor.T
-        return self._best(drawn)
+            return self._best(mean + self.optimism * np.abs(noise) * np.sqrt(np.square(factor).sum(1)))
+        return self._best(mean + noise @ factor.T)
 
     def allocation(self) -> Array:
         """The best allocation by the posterior mean, (2M,) int64."""
@@ -116,13 +120,15 @@ class AdditiveModel:
         if not usable.any():
             return {}
         reward = (transition.reward - known_part(transition))[usable]
-        x = self._design(transition.action[usable])
-        alone = len(reward) < 2
-        y = reward - (self.slow.value if alone else reward.mean())
-        self.slow.add(float(reward.mean()))
-        x = x if alone else x - x.mean(0)
-        self.xx, self.xy = self.xx + x.T @ x, self.xy + x.T @ y
-        self.yy, self.count = self.yy + float(y @ y), self.count + len(y) - (0 if alone else 1)
+        both = np.concatenate([self._design(transition.action[usable]), reward[:, None]], axis=1)  # (L, D + 1)
+        mean, alone = both.mean(0), len(both) < 2
+        usual = self.earlier / max(self.weight, 1.0) if alone else mean
+        self.earlier, counts = DECAY * self.earlier + mean, self.weight > 0 or not alone
+        self.weight = DECAY * self.weight + 1
+        if counts:
+            x, y = (both - usual)[:, :-1], (both - usual)[:, -1]
+            self.xx, self.xy = self.xx + x.T @ x, self.xy + x.T @ y
+            self.yy, self.count = self.yy + float(y @ y), self.count + len(y) - (0 if alone else 1)
         return {"noise": self._noise()}
 
     def _design(self, action: Array) -> Array:
@@ -135,8 +141,8 @@ class AdditiveModel:
     def state_dict(self) -> dict[str, Any]:
         """Sums of the regression and the generator."""
         return {"agent": "additive", "xx": torch.from_numpy(self.xx.copy()), "xy": torch.from_numpy(self.xy.copy()),
-                "yy": self.yy, "count": self.count, "slow": self.slow.state(),
-                "generator": self.generator.bit_generator.state}
+                "yy": self.yy, "count": self.count, "earlier": torch.from_numpy(self.earlier.copy()),
+                "weight": self.weight, "generator": self.generator.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue.
@@ -149,5 +155,5 @@ class AdditiveModel:
                               f"{state.get('agent')!r} with {len(state.get('xy', []))})")
         self.xx, self.xy = state["xx"].numpy().copy(), state["xy"].numpy().copy()
         self.yy, self.count = state["yy"], state["count"]
-        self.slow.set(state["slow"])
+        self.earlier, self.weight = state["earlier"].numpy().copy(), state["weight"]
         self.generator.bit_generator.state = state["generator"]

@@ -5,6 +5,7 @@ Shapes: L lanes · M matrices · F features.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -126,7 +127,8 @@ class History:
 
 
 def run(env: AnyEnv, agent: Agent, *, episodes: int | None = None, env_steps: int | None = None,
-        seed: int | None = None, on_step: OnStep | None = None) -> History:
+        seed: int | None = None, on_step: OnStep | None = None, progress: bool = False,
+        tensorboard: Path | str | None = None) -> History:
     """Run an agent on the single or on the vector environment, and let it learn.
 
     Works with every autoreset mode, and gives the agent the same transitions in each: lanes that
@@ -142,25 +144,38 @@ def run(env: AnyEnv, agent: Agent, *, episodes: int | None = None, env_steps: in
         env_steps: Stop after this many env steps (of each lane), whichever comes first.
         seed: Seed of the environment's reset; the agent has its own.
         on_step: Observer of every env step.
+        progress: Whether to show a progress bar on stderr, if that is a terminal.
+        tensorboard: Folder for TensorBoard events, see `agents.observers.TensorBoard`.
 
     Raises:
-        LeLoRAError: Neither `episodes` nor `env_steps` given, or one of them below 1.
+        LeLoRAError: Neither `episodes` nor `env_steps` given, or one of them below 1; or `tensorboard`
+            cannot be written to.
     """
+    from agents.observers import observers
+
     limits = [limit for limit in (episodes, env_steps) if limit is not None]
     if not limits or min(limits) < 1:
         raise LeLoRAError(f"run needs episodes or env_steps of at least 1 (got {episodes=}, {env_steps=})")
     lanes = _Lanes(env)
     history = History(lanes.num_lanes)
-    observation = lanes.reset(seed)
-    while True:
-        transition = lanes.step(observation, agent.act(observation))
-        scalars = agent.update(transition)
-        history.add(transition)
-        if on_step is not None:
-            on_step(transition, scalars, history.env_steps)
-        if history.reached(episodes, env_steps):
-            return history
-        observation = lanes.resume(transition)
+    total = _expected(env, episodes, env_steps)
+    with observers(env, on_step, progress=progress, tensorboard=tensorboard, total=total) as observe:
+        observation = lanes.reset(seed)
+        while True:
+            transition = lanes.step(observation, agent.act(observation))
+            scalars = agent.update(transition)
+            history.add(transition)
+            observe(transition, scalars, history.env_steps)
+            if history.reached(episodes, env_steps):
+                return history
+            observation = lanes.resume(transition)
+
+
+def _expected(env: AnyEnv, episodes: int | None, env_steps: int | None) -> int | None:
+    """Env steps until the end, if no lane diverges; ``None`` where the environment does not say."""
+    horizon = getattr(env.unwrapped, "horizon", None)
+    whole = None if episodes is None or horizon is None else episodes * int(horizon)
+    return min((limit for limit in (whole, env_steps) if limit is not None), default=None)
 
 
 class _Lanes:

@@ -3,6 +3,7 @@
 Shapes: L lanes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ class RunningMean:
         self.total, self.count = state["total"], state["count"]
 
 
+def loss_before(info: Mapping[str, Any]) -> Any:
+    """L1 before the env step, as the info has it: L1 - L2, one number or (L,); ``None`` where it lacks either."""
+    if not {"L1", "L2"} <= set(info):
+        return None
+    return np.asarray(info["L1"], dtype=np.float64) - np.asarray(info["L2"], dtype=np.float64)
+
+
 def known_part(transition: Transition) -> Array:
     """The part of each reward that was known before the action, (L,) float64: -L1 of the env step before.
 
@@ -44,11 +52,11 @@ def known_part(transition: Transition) -> Array:
     changes no policy gradient where γ = 0, and with it goes nearly all of the drift of a run. Environments whose info
     lacks L1 or L2 have no known part: 0.
     """
-    info = transition.info
-    if not {"L1", "L2"} <= set(info):
+    before = loss_before(transition.info)
+    if before is None:
         return np.zeros(len(transition.reward))
-    before: Array = np.asarray(info["L1"], dtype=np.float64) - np.asarray(info["L2"], dtype=np.float64)
-    return -np.nan_to_num(before, nan=0.0, posinf=0.0, neginf=0.0)
+    known: Array = -np.nan_to_num(before, nan=0.0, posinf=0.0, neginf=0.0)
+    return known
 
 
 def expected(surprise: Array, usable: Array, slow: float) -> Array:

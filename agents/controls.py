@@ -4,12 +4,14 @@ Shapes: L lanes · M matrices.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from agents.agent import Array, Transition
+from agents.files import load_allocation
 from agents.policy import ActionDistribution
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError
@@ -78,7 +80,7 @@ class FixedAllocation:
     """
 
     def __init__(self, spec: AgentSpec, *, rank: int | None = None, location: str | float | None = None,
-                 allocation: Sequence[tuple[int, str | float]] | None = None) -> None:
+                 allocation: Sequence[tuple[int, str | float]] | str | Path | None = None) -> None:
         """Fix the allocation.
 
         Args:
@@ -86,7 +88,8 @@ class FixedAllocation:
             rank: Rank of every matrix, from the environment's rank set; ``None`` = its largest.
                 Matrices too small for it get their largest legal rank.
             location: Location of every matrix, by name or fraction; ``None`` = the first one.
-            allocation: Instead of both: one (rank, location) per matrix, in the matrices' order.
+            allocation: Instead of both: one (rank, location) per matrix, in the matrices' order; or the name of
+                a file that `lelora search` wrote.
 
         Raises:
             LeLoRAError: Both forms given, a rank or location that cannot be chosen, or an
@@ -95,6 +98,8 @@ class FixedAllocation:
         if allocation is not None and not (rank is None and location is None):
             raise LeLoRAError("give either allocation, or rank and location for all matrices, not both")
         self.spec = spec
+        if isinstance(allocation, str | Path):
+            allocation = load_allocation(allocation, spec)
         if allocation is None:
             allocation = _uniform(spec, rank, spec.locations[0] if location is None else location)
         if len(allocation) != spec.num_matrices:

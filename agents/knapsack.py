@@ -12,19 +12,20 @@ HALVINGS = 60
 """Halvings of the interval in which the price of a parameter is sought."""
 
 UPGRADES = 32
-"""At most so many single choices are improved with what is left of the budget."""
+"""At most so many single choices are improved with the last of the budget."""
 
 
 def best_choices(values: Array, spec: AgentSpec, limit: int | None = None) -> Array:
     """The legal choices of greatest total value whose parameters stay within a limit: (L, 2M) int64.
 
     A multiple-choice knapsack, solved by its Lagrangian: with a price on every parameter, each matrix takes the choice
-    of greatest value less price; the lowest price that meets the limit is found by halving. What is left then goes to
-    single choices, best value per parameter first. Optimal up to the last few choices (exact where value is concave in
-    rank and what is left is 0). Ties go to the smaller rank.
+    of greatest value less price; the lowest price that meets the limit is found by halving. As many matrices as fit
+    then take what they would take just below that price, and what is left goes to single choices, best value per
+    parameter first. Optimal up to the last few choices (exact where value is concave in rank, ranks are equally spaced
+    and all matrices cost the same). Ties go to the smaller rank and to the earlier matrix.
 
     Args:
-        values: (L, M, R, S), finite; of each choice of each matrix.
+        values: (L, M, R, S), of each choice of each matrix; finite, or -inf for choices that are not to be made.
         spec: What can be chosen and what it costs.
         limit: Most parameters a lane may train (`AgentSpec.limit`); ``None`` = no limit.
     """
@@ -47,16 +48,16 @@ def _total(chosen: Array, sizes: Array) -> Array:
 
 
 def _priced(flat: Array, sizes: Array, limit: int) -> Array:
-    """The choices at the lowest price that meets the limit, (L, M)."""
-    finite = np.where(np.isfinite(flat), flat, 0.0)
-    step = np.diff(np.unique(sizes)).min(initial=1.0)
-    low, high = np.zeros(len(flat)), np.full(len(flat), 1.0) * (np.ptp(finite) + 1.0) / step
-    for _ in range(HALVINGS):
+    """The choices at the lowest price that meets the limit, and those just below it where they fit too, (L, M)."""
+    low, high = np.zeros(len(flat)), 2 * np.ptp(np.where(np.isfinite(flat), flat, 0.0), axis=(1, 2))
+    for _ in range(HALVINGS):  # at `high` the smallest rank is best everywhere: sizes differ by 1 or more
         price = (low + high) / 2
         fits = _total((flat - price[:, None, None] * sizes).argmax(-1), sizes) <= limit
         low, high = np.where(fits, low, price), np.where(fits, price, high)
-    best: Array = (flat - high[:, None, None] * sizes).argmax(-1)
-    return best
+    best, more = ((flat - price[:, None, None] * sizes).argmax(-1) for price in (high, low))
+    extra = [np.take_along_axis(sizes[None], choice[..., None], axis=2)[..., 0] for choice in (best, more)]
+    spent = _total(best, sizes)[:, None] + (extra[1] - extra[0]).cumsum(1)
+    return np.where(spent <= limit, more, best)
 
 
 def _upgraded(chosen: Array, flat: Array, sizes: Array, limit: int) -> Array:

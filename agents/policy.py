@@ -5,7 +5,7 @@ Shapes: L lanes · M matrices · F features · R ranks · S locations.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -69,8 +69,9 @@ class PerMatrixPolicy(nn.Module):
                 raise UnknownNameError("feature", name, names)
         if layer_as not in get_args(LayerAs):
             raise UnknownNameError("layer_as", layer_as, get_args(LayerAs))
-        self.settings = {"network": network, "embedding": embedding, "layer_as": layer_as, "hidden": list(hidden),
-                         "columns": chosen, "head_scale": head_scale}
+        self.settings: dict[str, Any] = {
+            "network": network, "embedding": embedding, "layer_as": layer_as, "hidden": list(hidden),
+            "columns": chosen, "head_scale": head_scale}
         self.register_buffer("columns", torch.tensor([names.index(name) for name in chosen]), persistent=False)
         embedded = [n for n in spec.index_ranges if embedding and not (n == "layer" and layer_as == "depth")]
         self.indices = {name: names.index(name) for name in embedded}

@@ -27,6 +27,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from agents.agent import Array, Transition
 from agents.baseline import RunningMean, expected, known_part
+from agents.files import load_policy
 from agents.options import annotations_of, check_options
 from agents.policy import ActionDistribution, LayerAs, PerMatrixPolicy, gumbel, require_finite
 from agents.spec import AgentSpec
@@ -96,8 +98,8 @@ NETWORK_OPTIONS = ("network", "embedding", "layer_as", "hidden", "head_scale", "
 
 PRESETS: dict[str, ReinforceConfig] = {
     "practical": ReinforceConfig(
-        learning_rate=5e-4, baseline="known", baseline_decay=0.99, scaled=True, entropy_bonus=0.05, embedding=8, layer_as="depth",
-        hidden=(64, 64), head_scale=0.01, rank_zero_rule=True,
+        learning_rate=5e-4, baseline="known", baseline_decay=0.99, scaled=True, entropy_bonus=0.05, embedding=8,
+        layer_as="depth", hidden=(64, 64), head_scale=0.01, rank_zero_rule=True,
     ),
     "paper": ReinforceConfig(),
 }
@@ -112,7 +114,8 @@ class Reinforce:
     """A policy network trained by REINFORCE, one update per env step over all lanes (an `Agent`)."""
 
     def __init__(self, spec: AgentSpec, *, preset: str = "practical", seed: int = 0, device: str | None = None,
-                 cuda_graphs: bool = True, policy: nn.Module | None = None, **options: Any) -> None:
+                 cuda_graphs: bool = True, policy: nn.Module | None = None,
+                 policy_file: str | Path | None = None, **options: Any) -> None:
         """Build network, optimiser and a noise generator of its own.
 
         Args:
@@ -124,6 +127,7 @@ class Reinforce:
                 be made of tensor operations alone: what Python decides in it is decided once.
             policy: A network to train instead of the preset's `PerMatrixPolicy`: (L, M, F) ->
                 rank logits (L, M, R) and location logits (L, M, S).
+            policy_file: A policy to start from (`agents.files.save_policy`); brings its own network options.
             **options: Fields of `ReinforceConfig` that differ from the preset.
 
         Raises:
@@ -138,8 +142,7 @@ class Reinforce:
         self.spec, self.preset, self.device = spec, preset, _device(device or spec.device)
         self.config = replace(PRESETS[preset], **options)
         if policy is None:
-            wanted = {name: getattr(self.config, name) for name in NETWORK_OPTIONS}
-            policy = PerMatrixPolicy(spec, seed=seed, **wanted)
+            policy = self._network(seed, policy_file, options)
         self.policy = policy.to(self.device)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
@@ -152,6 +155,23 @@ class Reinforce:
         self._location_mask = torch.as_tensor(spec.location_mask, device=self.device)
         self._captures = cuda_graphs and on_gpu
         self._record()
+
+    def _network(self, seed: int, policy_file: str | Path | None, options: dict[str, Any]) -> PerMatrixPolicy:
+        if policy_file is None:
+            wanted = {name: getattr(self.config, name) for name in NETWORK_OPTIONS}
+            return PerMatrixPolicy(self.spec, seed=seed, **wanted)
+        for name in NETWORK_OPTIONS:
+            if name in options:
+                raise LeLoRAError(f"the policy file brings its own {name}: leave {name} out")
+        policy = load_policy(policy_file, self.spec)
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in policy.settings.items()}
+        self.config = replace(self.config, **given)
+        return policy
+
+    @property
+    def network(self) -> PerMatrixPolicy | None:
+        """The network, where it is one that a policy file can hold."""
+        return self.policy if isinstance(self.policy, PerMatrixPolicy) else None
 
     def _own_kernels(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state of Adam with this device's way of computing, whatever device it was saved on."""

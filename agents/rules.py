@@ -48,12 +48,13 @@ class SpectralEnergy:
         self.spec, self.energy, self.limit = spec, energy, spec.limit(budget)
         name = spec.locations[0] if location is None else spec.location_name(location)
         self.place = spec.locations.index(name)
-        self.raw = float(spec.observation_space.low[0, self.columns[0]]) >= 0
+        self.low = float(spec.observation_space.low[0, self.columns[0]])
+        self.raw = self.low >= 0
 
     def act(self, observation: Array) -> Array:
         """The allocation for the observed spectra: (L, M, F) -> (L, 2M) int64."""
         demand = self.demand(observation)
-        values = np.full((*demand.shape, len(self.spec.rank_set), len(self.spec.locations)), -1e30)
+        values = np.full((*demand.shape, len(self.spec.rank_set), len(self.spec.locations)), -np.inf)
         values[..., self.place] = demand[..., None] * np.log2(1.0 + np.array(self.spec.rank_set))
         return best_choices(values, self.spec, self.limit)
 
@@ -62,10 +63,18 @@ class SpectralEnergy:
         shown = observation[..., self.columns].astype(np.float64)  # (L, M, points)
         square = np.square(shown) if self.raw else np.exp(8 * shown)  # shown = ln(σ / rms) / 4
         share = square.cumsum(-1) / np.maximum(square.sum(-1, keepdims=True), 1e-300)
-        part = (share < self.energy).sum(-1) / (len(self.columns) - 1)  # (L, M), in [0, 1]
-        size = np.array([min(m.out_features, m.in_features) for m in self.spec.matrices])
-        demand: Array = 1.0 + part * (size - 1)
+        size = np.array([min(m.out_features, m.in_features) for m in self.spec.matrices])  # (M,)
+        last = np.where(self._padded(shown, size), size, len(self.columns)) - 1
+        part = (share < self.energy).sum(-1) / np.maximum(last, 1)  # (L, M), in [0, 1]
+        demand: Array = 1.0 + np.minimum(part, 1) * (size - 1)
         return demand
+
+    def _padded(self, shown: Array, size: Array) -> Array:
+        """Matrices whose spectrum is shown whole and filled up with the lowest value, (L, M) bool."""
+        beyond = np.arange(shown.shape[-1]) >= size[:, None]  # (M, points)
+        whole = beyond.any(-1) & (size.max() == shown.shape[-1])
+        padded: Array = whole & ((shown <= self.low) | ~beyond).all(-1)
+        return padded
 
     def probabilities(self, observation: Array) -> Array:
         """1 for the rule's choices: (L, M, F) -> (L, M, R, S) float32."""
@@ -95,10 +104,11 @@ MEASURES = ("sensitivity", "adalora")
 class Sensitivity:
     """Trains where the loss is most sensitive to the components, by a measure that the environment reports.
 
-    ``sensitivity``: |w·∂L/∂w| summed over a component's numbers, its running mean over the steps of a run: the measure
-    by which TLoRA allots its ranks. ``adalora``: AdaLoRA's importance (Zhang et al., 2023), the running mean times the
-    running mean deviation, here per component instead of per number. Each matrix takes the window of components of
-    greatest sum; a run begins with equal ranks at the first location.
+    ``sensitivity``: I = |w·∂L/∂w| summed over a component's numbers, its running mean over the steps of a run; after
+    TLoRA, which allots ranks by the mean of |w·∂L/∂w| over a whole weight. ``adalora``: AdaLoRA's importance (Zhang et
+    al., 2023), Ī·Ū with Ī ← β·Ī + (1-β)·I and Ū ← β·Ū + (1-β)·|I - Ī|, both from 0, here per component instead of per
+    number. Windows of components are taken by their sums, within the budget; a run begins with equal ranks at the first
+    location.
     """
 
     def __init__(self, spec: AgentSpec, *, measure: str = "sensitivity", budget: float = 0.5,
@@ -109,7 +119,7 @@ class Sensitivity:
             spec: What can be chosen.
             measure: One of `MEASURES`.
             budget: Share of what the largest ranks train, in (0, 1].
-            decay: Decay of the running means, in [0, 1); 0.85 is AdaLoRA's.
+            decay: β, the decay of the running means, in [0, 1), above 0 for ``adalora``; 0.85 is AdaLoRA's.
 
         Raises:
             UnknownNameError: No such measure.
@@ -117,8 +127,8 @@ class Sensitivity:
         """
         if measure not in MEASURES:
             raise UnknownNameError("measure", measure, MEASURES)
-        if not 0 <= decay < 1:
-            raise LeLoRAError(f"decay must be in [0, 1) (got {decay!r})")
+        if not 0 <= decay < 1 or (measure == "adalora" and decay == 0):
+            raise LeLoRAError(f"decay must be in [0, 1), and above 0 for adalora (got {decay!r})")
         self.spec, self.measure, self.decay, self.limit = spec, measure, decay, spec.limit(budget)
         self.mean = self.deviation = np.zeros((0, 0, 0))
         self.steps = np.zeros(0, dtype=np.int64)
@@ -146,12 +156,10 @@ class Sensitivity:
             LeLoRAError: The environment does not report it.
         """
         found = component_info(transition, "sensitivity")
-        first = (self.steps == 0)[:, None, None]
-        mean = np.where(first, found, self.decay * self.mean + (1 - self.decay) * found)
-        apart = np.abs(found - mean)
-        deviation = self.decay * self.deviation + (1 - self.decay) * apart
-        self.deviation = np.where(first, found, deviation)
-        self.mean, self.steps = mean, np.where(transition.done, 0, self.steps + 1)
+        kept = self.decay * (self.steps > 0)[:, None, None]
+        self.mean = kept * self.mean + (1 - self.decay) * found
+        self.deviation = kept * self.deviation + (1 - self.decay) * np.abs(found - self.mean)
+        self.steps = np.where(transition.done, 0, self.steps + 1)
         return {"mean_sensitivity": float(found.mean())}
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,11 +171,15 @@ class Sensitivity:
         """Continue.
 
         Raises:
-            LeLoRAError: The state is of another agent or measure.
+            LeLoRAError: The state is of another agent or measure, or of other matrices or ranks.
         """
         if (state.get("agent"), state.get("measure")) != ("sensitivity", self.measure):
             raise LeLoRAError(f"expected the state of a sensitivity agent with measure {self.measure!r} (got one of "
                               f"{state.get('agent')!r} with {state.get('measure')!r})")
+        here, saved = windows(self.spec)[:, 0, 0].shape, tuple(state["mean"].shape[1:])
+        if len(state["steps"]) and saved != here:
+            raise LeLoRAError(f"expected the state of a sensitivity agent over {here} components (got one over "
+                              f"{saved})")
         self.steps, self.mean, self.deviation = (state[n].numpy().copy() for n in ("steps", "mean", "deviation"))
 
 
@@ -229,7 +241,7 @@ class Credit:
             LeLoRAError: The environment does not report it.
         """
         found = component_info(transition, "credit")
-        usable = np.isfinite(found).all((1, 2))
+        usable = np.isfinite(found).all((1, 2)) & found.any((1, 2))  # all 0: a lane that diverged says nothing
         if not usable.any():
             return {}
         found = found[usable]

@@ -8,6 +8,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
 from agents.agent import Array, Transition
-from agents.sb3 import ALGORITHMS, sb3_defaults, training_scalars, warn_if_flat
+from agents.files import load_policy
+from agents.policy import PerMatrixPolicy
+from agents.sb3 import ALGORITHMS, PER_MATRIX, beyond_known, sb3_defaults, training_scalars, with_policy
+from agents.sb3_policy import Actor
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError
 
@@ -33,17 +37,21 @@ class SB3Agent:
     Schedules over training progress stay at their start, because the end is not known here.
     """
 
-    def __init__(self, spec: AgentSpec, *, algorithm: str = "ppo", policy: Any = "MlpPolicy", seed: int = 0,
-                 model: OnPolicyAlgorithm | None = None, train: bool = True, **options: Any) -> None:
+    def __init__(self, spec: AgentSpec, *, algorithm: str = "ppo", policy: Any = PER_MATRIX, seed: int = 0,
+                 model: OnPolicyAlgorithm | None = None, train: bool = True, known_baseline: bool = True,
+                 policy_file: str | Path | None = None, **options: Any) -> None:
         """Build a model, or take a given one.
 
         Args:
             spec: What is observed and chosen.
             algorithm: ``"ppo"`` or ``"a2c"``.
-            policy: A policy class or name of SB3.
+            policy: ``"per_matrix"``, or a policy class or name of SB3.
             seed: Seed of weights, sampling and minibatches.
             model: A model to present instead (``PPO.load(...)``, or one from `make_sb3`).
             train: Whether `update` learns. ``False``: `act` gives the model's likeliest action.
+            known_baseline: With γ = 0, learn from rewards without what was known before the action
+                (`agents.sb3.beyond_known`).
+            policy_file: A policy for the actor to start from (`agents.files.save_policy`).
             **options: Arguments of the SB3 class, over `sb3_defaults`.
 
         Raises:
@@ -51,12 +59,12 @@ class SB3Agent:
             LeLoRAError: The given model is for other spaces, or for another number of lanes; or SB3
                 refuses an option.
         """
-        self.spec, self.train = spec, train
+        self.spec, self.train, self.known_baseline = spec, train, known_baseline
         self._generators = _global_generators()
         with self._own_generators():
             if model is None:
                 settings = {"seed": seed, **sb3_defaults(algorithm, spec.num_lanes), **options}
-                model = _unbound_model(spec, algorithm, policy, settings)
+                model = _started_from(policy_file, spec, algorithm, policy, settings)
             else:
                 _check_model(model, spec, train)
                 torch.manual_seed(seed)
@@ -65,6 +73,27 @@ class SB3Agent:
         self.model.set_logger(Logger(folder=None, output_formats=[]))
         self._episode_starts: Array = np.ones(spec.num_lanes, dtype=bool)
         self._acted: tuple[torch.Tensor, torch.Tensor] | None = None  # values and log-probabilities of the last action
+
+    @property
+    def network(self) -> PerMatrixPolicy | None:
+        """The per-matrix network that is trained; ``None`` where the model has another policy."""
+        actor = getattr(self.model.policy, "action_net", None)
+        return actor.network if isinstance(actor, Actor) else None
+
+    def probabilities(self, observation: Array) -> Array:
+        """How likely every choice is: (L, M, F) -> (L, M, R, S) float32, summing to 1 over the last two.
+
+        Rank 0 has no location; its probability is spread as the location head says.
+        """
+        tensor: Any = obs_as_tensor(observation, self.model.device)
+        with torch.no_grad():
+            found: Any = self.model.policy.get_distribution(tensor).distribution
+        if self.network is not None:
+            rank, location = (one.probs for one in found)
+        else:  # SB3's own: a list of 2M categoricals, ranks and locations in turn
+            rank, location = (torch.stack([one.probs for one in found[first::2]], dim=1) for first in (0, 1))
+        joint: Array = (rank.unsqueeze(-1) * location.unsqueeze(-2)).cpu().numpy()
+        return joint
 
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
@@ -83,6 +112,8 @@ class SB3Agent:
         Raises:
             LeLoRAError: The policy's logits are not finite.
         """
+        if self.network is not None:
+            self.network.check(observation)
         self.model.policy.set_training_mode(False)
         with self._own_generators(), torch.no_grad():
             tensor: Any = obs_as_tensor(observation, self.model.device)
@@ -131,8 +162,10 @@ class SB3Agent:
         return values
 
     def _bootstrapped(self, transition: Transition) -> Array:
-        """Rewards (L,) float32, plus γ·V of the last observation where a lane was stopped from outside."""
+        """Rewards (L,) float32 to learn from; with γ·V of the last observation where a lane was cut from outside."""
         reward: Array = transition.reward.astype(np.float32)
+        if self.known_baseline and self.model.gamma == 0:
+            reward = beyond_known(reward, transition.info)
         for lane in np.flatnonzero(transition.truncated & ~transition.terminated):
             last = self._values(transition.next_observation[lane:lane + 1])[0]
             reward[lane] += float(self.model.gamma * last)  # the product in float32, as SB3 takes it
@@ -177,14 +210,32 @@ class SB3Agent:
         self._episode_starts, self._acted = np.array(state["episode_starts"]), None
 
 
+def _started_from(
+    policy_file: str | Path | None, spec: AgentSpec, algorithm: str, policy: Any, settings: dict[str, Any]
+) -> OnPolicyAlgorithm:
+    """A new model; its actor begins as the policy in a file, where one is given."""
+    if policy_file is None:
+        return _unbound_model(spec, algorithm, policy, settings)
+    if policy != PER_MATRIX:
+        raise LeLoRAError(f"a policy file holds the per-matrix network: leave policy={policy!r} out")
+    start = load_policy(policy_file, spec)
+    kwargs = {**(settings.get("policy_kwargs") or {}), "network_options": start.settings}
+    model = _unbound_model(spec, algorithm, policy, {**settings, "policy_kwargs": kwargs})
+    actor: Any = model.policy.action_net
+    actor.network.load_state_dict(start.state_dict())
+    return model
+
+
 def _unbound_model(spec: AgentSpec, algorithm: str, policy: Any, settings: dict[str, Any]) -> OnPolicyAlgorithm:
     """A model for the spec's spaces that holds no environment."""
-    warn_if_flat(policy)
+    kind, arguments = with_policy(policy, spec, settings)
     try:
-        model = ALGORITHMS[algorithm](policy, None, _init_setup_model=False, **settings)  # type: ignore[arg-type]
+        model = ALGORITHMS[algorithm](kind, None, _init_setup_model=False, **arguments)  # type: ignore[arg-type]
         model.observation_space, model.action_space = spec.observation_space, copy.deepcopy(spec.action_space)
         model.n_envs = spec.num_lanes
         model._setup_model()
+    except LeLoRAError:
+        raise
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise LeLoRAError(f"{algorithm} cannot be made with policy {policy!r} and {given}: "

@@ -8,20 +8,26 @@ found         share of the planted matrices in which the agent's probability of 
               (with a price on rank: of exactly the planted choice) is at least 80 %
 left alone    with a price on rank: share of the other matrices with rank 0 at 80 % or more
 
-    python -m benchmarks.planted_agents --out benchmarks/results/planted_agents.json
+    python -m benchmarks.planted_agents --jobs 14 --out planted_agents.json
+
+With --jobs every seed is a process of its own on one core; what is in --out already is not run again.
 """
 
 import argparse
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 import lelora_env
 from agents import AgentSpec, FixedAllocation, make_agent, run
+from lelora_env.export import write_atomically
 from lelora_env.runs import environment_facts
 from lelora_env.training import LaneView, SideBySide
 
@@ -31,8 +37,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "largest rank, primary": ("fixed", {"location": "primary"}),
     "largest rank, medium": ("fixed", {"location": "medium"}),
     "largest rank, minor": ("fixed", {"location": "minor"}),
-    "REINFORCE, paper": ("reinforce", {"preset": "paper"}),
-    "REINFORCE, practical": ("reinforce", {"preset": "practical"}),
+    "REINFORCE, paper": ("reinforce", {"preset": "paper", "device": "cpu"}),
+    "REINFORCE, practical": ("reinforce", {"preset": "practical", "device": "cpu"}),
     "PPO": ("ppo", {}),
     "A2C": ("a2c", {}),
     "bandit per matrix": ("bandit", {}),
@@ -139,43 +145,74 @@ def contest(instance: str, method: str, seeds: list[int], lanes: int, steps: int
     return record
 
 
-def cell(values: list[float] | None) -> str:
+def cell(values: list[float]) -> str:
     """Mean and range over seeds."""
-    return "-" if values is None else f"{np.mean(values):.3f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{np.mean(values):.3f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
     """Markdown: one row a method and instance; mean and range over seeds."""
     lines = ["| instance | method | improvement / oracle's | found | left alone | seeds |", "|---|---|---|---|---|---|"]
-    for r in records:
-        cells = (cell(r["share"]), cell(r.get("found")), cell(r.get("left_alone")))
-        lines.append(f"| {r['instance']} | {r['method']} | {' | '.join(cells)} | {len(r['seeds'])} |")
+    for instance, method in dict.fromkeys((r["instance"], r["method"]) for r in records):
+        here = [r for r in records if (r["instance"], r["method"]) == (instance, method)]
+        cells = [cell([x for r in here for x in r.get(name, [])]) for name in ("share", "found", "left_alone")]
+        lines.append(f"| {instance} | {method} | {' | '.join(cells)} | {sum(len(r['seeds']) for r in here)} |")
     return lines
 
 
-def main() -> None:
-    """Run what was asked for, write it after every method, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def in_own_process(*arguments: Any) -> dict[str, Any]:
+    """`contest` on one core."""
+    torch.set_num_threads(1)
+    return contest(*arguments)
+
+
+def planned(arguments: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Arguments of `contest` for what is still to be run: one seed each with --jobs, else all of them together."""
+    seeds = list(range(arguments.seeds))
+    groups = [[seed] for seed in seeds] if arguments.jobs else [seeds]
+    have = {(r["instance"], r["method"], tuple(r["seeds"])) for r in done}
+    return [(instance, method, group, arguments.lanes, arguments.steps, arguments.device,
+             arguments.options if method in LEARNERS else {})
+            for instance in arguments.instances for method in arguments.methods for group in groups
+            if (instance, method, tuple(group)) not in have]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--instances", nargs="+", default=list(INSTANCES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2500, help="env steps of each lane")
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; 0 = this one, all seeds of a method together")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: options for every learning agent")
-    parser.add_argument("--out", type=Path, default=None)
-    arguments = parser.parse_args()
-    records = []
-    for instance in arguments.instances:
-        for method in arguments.methods:
-            given = arguments.options if method in LEARNERS else {}
-            records.append(contest(instance, method, list(range(arguments.seeds)), arguments.lanes, arguments.steps,
-                                   arguments.device, given))
-            print(table(records[-1:])[-1], f"{records[-1]['seconds']:.0f} s", flush=True)
-            if arguments.out:
-                whole = {"version": lelora_env.__version__, "about": environment_facts(), "records": records}
-                arguments.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(records)))
+    parser.add_argument("--out", type=Path, default=Path("planted_agents.json"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what was asked for, write it after every contest, and print the table."""
+    arguments = parse()
+    records = json.loads(arguments.out.read_text(encoding="utf-8"))["records"] if arguments.out.exists() else []
+
+    def keep(record: dict[str, Any]) -> None:
+        records.append(record)
+        whole = {"version": lelora_env.__version__, "about": environment_facts(), "records": records}
+        write_atomically(arguments.out, lambda path: path.write_text(json.dumps(whole) + "\n", encoding="utf-8"))
+        print(table([record])[-1], f"{record['seconds']:.0f} s", flush=True)
+
+    waiting = planned(arguments, records)
+    if arguments.jobs:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+            for future in as_completed([pool.submit(in_own_process, *one) for one in waiting]):
+                keep(future.result())
+    else:
+        for one in waiting:
+            keep(contest(*one))
+    print("\n".join(table(sorted(records, key=lambda r: (r["instance"], list(METHODS).index(r["method"]))))))
 
 
 if __name__ == "__main__":

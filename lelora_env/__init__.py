@@ -63,3 +63,13 @@ gym.register(
     entry_point="lelora_env.env:LeLoRAEnv",
     vector_entry_point="lelora_env.vector_env:LeLoRAVectorEnv",
 )
+gym.register(
+    id="LeLoRA-drift-v0",
+    entry_point="lelora_env.drift:DriftEnv",
+    vector_entry_point="lelora_env.drift:DriftVectorEnv",
+)
+gym.register(
+    id="LeLoRA-surrogate-v0",
+    entry_point="lelora_env.surrogate:SurrogateEnv",
+    vector_entry_point="lelora_env.surrogate:SurrogateVectorEnv",
+)

@@ -1,6 +1,6 @@
 """What an env step is worth and what is said about it: rewards, divergence, info values.
 
-Shapes: L lanes · M matrices.
+Shapes: L lanes · M matrices · K bank slots a matrix.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lelora_env.allocation import Allocation, ChoiceTable, allocated_ranks
+from lelora_env.budget import component_sizes
 from lelora_env.config import AdapterConfig, EnvConfig
 from lelora_env.matrices import MatrixInfo
 from lelora_env.outcome import Outcome
@@ -60,7 +61,7 @@ class Account:
     Attributes:
         rewards: (L,) rewards; 0 for lanes that did not run.
         diverged: (L,) bool: lanes whose loss or weights are no longer finite.
-        values: Info values by name, each (L,).
+        values: Info values by name, each (L,), and (L, M, K) what ``component_info`` asks for.
     """
 
     rewards: np.ndarray
@@ -76,8 +77,7 @@ class Accountant:
     ) -> None:
         """Remember what does not change."""
         self.table, self.adapter, self.config = table, adapter, config
-        extra = 1 if adapter.parametrisation == "usv" else 0
-        self.sizes = torch.tensor([m.out_features + m.in_features + extra for m in matrices])
+        self.sizes = component_sizes(matrices, adapter)
         self.adaptable = float(sum(m.out_features * m.in_features for m in matrices))
 
     def account(self, allocation: Allocation, outcome: Outcome, clocks: LaneClocks, running: np.ndarray) -> Account:
@@ -114,7 +114,14 @@ class Accountant:
         rewards = np.where(running, np.where(diverged, penalty, rewards), 0.0)
         table = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()])
         values = dict(zip(values, np.where(np.isnan(table), np.inf, table), strict=True))
-        return Account(rewards, diverged, {**values, "diverged": diverged})
+        components = self._components(outcome, running & ~diverged)
+        return Account(rewards, diverged, {**values, "diverged": diverged, **components})
+
+    @staticmethod
+    def _components(outcome: Outcome, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """What is said about every component; 0 for lanes that did not run or diverged."""
+        here = kept[:, None, None]
+        return {f"component_{name}": np.where(here, value, np.float32(0)) for name, value in outcome.components.items()}
 
     def _norms(self, allocation: Allocation, outcome: Outcome) -> dict[str, np.ndarray]:
         """‖ΔW‖ of this step by chosen location, of the run so far, and the gradient's norm."""

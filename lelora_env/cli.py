@@ -192,7 +192,11 @@ def train(
     task: Annotated[str | None, typer.Option(
         help="Task by name, or a JSONL, JSON, CSV, TSV or Parquet file of texts and labels; also text:<path>, "
              "instruction:<path>, chat:<path>, choice:<path>.", show_default="docstrings")] = None,
-    agent: Annotated[str, typer.Option(help="Who allocates: reinforce, ppo, a2c, random or fixed.")] = "reinforce",
+    agent: Annotated[str, typer.Option(
+        help="Who allocates: reinforce, ppo, a2c, bandit, additive, credit, sensitivity, adalora, energy, random or "
+             "fixed.")] = "reinforce",
+    policy: Annotated[Path | None, typer.Option(
+        help="A policy to start from: policy.safetensors of an earlier run, also on another model.")] = None,
     control: Annotated[list[str] | None, typer.Option(
         help="An agent to run beside it on the same data; may be repeated; 'none' for no control.",
         show_default="fixed, random")] = None,
@@ -221,9 +225,43 @@ def train(
         controls = tuple(name for name in control or ["fixed", "random"] if name != "none")
         _train(TrainSettings(
             model=chosen_model, task=chosen_task, agent=agent, controls=controls, seed=seed, out=out,
-            options=config_options(setting or [], given), agent_options=parse_settings(agent_setting or []),
-            task_options=parse_settings(task_setting or []),
+            options=config_options(setting or [], given), task_options=parse_settings(task_setting or []),
+            agent_options={**parse_settings(agent_setting or []), **({"policy_file": str(policy)} if policy else {})},
         ))
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Option(help="Folder of allocation.json and rounds.jsonl; must be new or empty.")],
+    model: Annotated[str | None, typer.Option(help="As of `lelora train`.", show_default="minilm")] = None,
+    task: Annotated[str | None, typer.Option(help="As of `lelora train`.", show_default="docstrings")] = None,
+    agent: Annotated[str, typer.Option(help="Who searches: additive, bandit, reinforce, ...")] = "additive",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of one run a lane.")] = 10,
+    lanes: Annotated[int, typer.Option(min=1, help="Runs of a round, side by side.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 300,
+    budget: Annotated[float, typer.Option(help="Share of what the largest ranks everywhere would train.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of data order, head start and agent.")] = 0,
+    setting: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="A field of AdapterConfig or EnvConfig; may be repeated.")] = None,
+    task_setting: Annotated[list[str] | None, typer.Option(
+        "--task-set", metavar="KEY=VALUE", help="An option of the task; may be repeated.")] = None,
+    agent_setting: Annotated[list[str] | None, typer.Option(
+        "--agent-set", metavar="KEY=VALUE", help="An option of the agent; may be repeated.")] = None,
+) -> None:
+    """Search one allocation for whole runs, under a budget of parameters, and leave it as a file."""
+    with plain_errors():
+        from lelora_env.search import SearchSettings
+        from lelora_env.search import search as run_search
+
+        chosen_model, chosen_task = _model_and_task(model, task)
+        settings = SearchSettings(
+            model=chosen_model, task=chosen_task, agent=agent, rounds=rounds, lanes=lanes, steps=steps, budget=budget,
+            seed=seed, out=out, options=config_options(setting or [], {}),
+            task_options=parse_settings(task_setting or []), agent_options=parse_settings(agent_setting or []))
+        result = run_search(settings, lambda number, loss: typer.echo(f"round {number}/{rounds}: mean loss {loss:.4f}"))
+        typer.echo(f"{result.path}: {result.trained_parameters:,} trained parameters; the search cost {result.runs} "
+                   f"runs ({result.optimiser_steps:,} optimiser steps, {result.seconds:.0f} s).\nTrain with it: lelora "
+                   f"train --agent fixed --agent-set allocation={result.path} --target-modules all-linear ...")
 
 
 @app.command()

@@ -24,6 +24,9 @@ NAMED_LOCATIONS: dict[str, float] = {"primary": 0.0, "medium": 0.5, "minor": 1.0
 EXTRA_FEATURES = ("relative_depth", "grad_norm", "update_norm")
 """Optional observation columns that ``EnvConfig.extra_features`` may name."""
 
+COMPONENT_INFO = ("credit", "sensitivity")
+"""Optional info about every component that ``EnvConfig.component_info`` may name."""
+
 
 Bounds = tuple[str, Callable[[float], bool]]
 _POSITIVE: Bounds = ("a positive number", lambda x: x > 0)
@@ -73,6 +76,15 @@ def _entries(field: str, value: Any, rule: str) -> tuple[Any, ...]:
     listed = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, list | tuple | range)
     _require(listed, field, value, rule)
     return tuple(x.item() if isinstance(x, np.generic) else x for x in value)
+
+
+def _names(field: str, value: Any, what: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of `known` without repeats."""
+    names = _entries(field, value, f"a list of names, such as ({known[0]!r},)")
+    for name in names:
+        _one_of(what, name, known)
+    _require(len(set(names)) == len(names), field, value, "without repeats")
+    return names
 
 
 def _device(value: object) -> str:
@@ -192,6 +204,13 @@ class EnvConfig:
         raw_observation: ``True`` gives plain norms and singular values instead of scaled ones.
         extra_features: Optional observation columns, any of ``EXTRA_FEATURES``, each once. One
             string may hold several names: ``"grad_norm,update_norm"``.
+        component_info: Optional info about every component, any of ``COMPONENT_INFO``, each once; see the data sheet
+            of `lelora_env.LeLoRAEnv`. ``"credit"`` costs a backward pass over the reward rows in every env step;
+            where they are too many for one such pass they are taken in smaller portions, and the reward loss may
+            then differ in its last bits from what it is without.
+        parameter_budget: Hard budget: the share of what the largest rank everywhere would train that an env step may
+            train, in (0, 1]. Of an action that exceeds it, ranks are lowered before training, the highest first (see
+            `lelora_env.budget`). ``None`` = no budget.
         common_random_numbers: ``True`` keys data order, dropout and head start without the lane.
         dtype: Type of the frozen model, ``"float32"`` or ``"bfloat16"``; the bank is always fp32.
             ``None`` takes a module's own type, and fp32 for a model loaded by path.
@@ -223,6 +242,8 @@ class EnvConfig:
     spectrum: int | Literal["full"] = 32
     raw_observation: bool = False
     extra_features: tuple[str, ...] = ()
+    component_info: tuple[str, ...] = ()
+    parameter_budget: float | None = None
     common_random_numbers: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None
@@ -240,6 +261,9 @@ class EnvConfig:
         for field in ("head_learning_rate", "max_grad_norm"):
             if getattr(self, field) is not None:
                 put(field, _number(field, getattr(self, field), "a positive number or None", _POSITIVE[1]))
+        if self.parameter_budget is not None:
+            put("parameter_budget", _number("parameter_budget", self.parameter_budget, "in (0, 1], or None",
+                                            lambda x: 0 < x <= 1))
         for field in ("raw_observation", "common_random_numbers", "activation_checkpointing", "cuda_graphs"):
             value = getattr(self, field)
             _require(isinstance(value, bool | np.bool_), field, value, "True or False")
@@ -260,11 +284,10 @@ class EnvConfig:
             object.__setattr__(self, "spectrum", int(points))
         else:
             _require(points == "full", "spectrum", points, "'full' or a number of at least 2 points")
-        extras = _entries("extra_features", self.extra_features, "a list of names, such as ('grad_norm',)")
-        for name in extras:
-            _one_of("extra feature", name, EXTRA_FEATURES)
-        _require(len(set(extras)) == len(extras), "extra_features", self.extra_features, "without repeats")
+        extras = _names("extra_features", self.extra_features, "extra feature", EXTRA_FEATURES)
         object.__setattr__(self, "extra_features", extras)
+        components = _names("component_info", self.component_info, "component info", COMPONENT_INFO)
+        object.__setattr__(self, "component_info", components)
 
     @property
     def total_steps(self) -> int:

@@ -51,6 +51,12 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     The choice (r, s) trains the r components from min(s, m - r) on. Rank 0 leaves a matrix
     untouched. A rank above m is clipped to m, and marked illegal by ``action_masks()``.
 
+    With ``parameter_budget`` b, an action whose Σ r·(out + in [+1 in ``usv``]) exceeds b times what
+    the largest rank everywhere would train is *projected* before it trains: ranks are lowered to the
+    next smaller legal one, the highest first, until the sum fits. Equal ranks come in a random order
+    that is a function of seed, episode and env step. An action that fits is left as it is; rewards,
+    prices and all counts are of what has been trained.
+
     ### Reward: -(L1 + α·L2), per env step
 
     L1 = loss on the reward batch after the step, L2 = L1 minus the L1 of the step before (Eq. 2, 3),
@@ -75,7 +81,7 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     |---|---|
     | ``L1``, ``L2`` | as above; of a diverged step the last finite L1, and 0 |
     | ``train_loss`` | mean training loss of this env step, before each update (inf if not finite) |
-    | ``trained_parameters`` | Σ r·(out + in [+1 in ``usv``]) of this action, heads not counted |
+    | ``trained_parameters`` | Σ r·(out + in [+1 in ``usv``]) of what was trained, heads not counted |
     | ``trained_fraction`` | the same over Σ out·in |
     | ``mean_rank`` | mean rank over matrices |
     | ``update_norm_<location>`` | ‖ΔW‖ of this env step over the matrices that chose the location |
@@ -85,6 +91,24 @@ class LeLoRAEnv(gym.Env[np.ndarray, np.ndarray]):
     | ``diverged`` | bool |
     | ``reward_l1``, ``reward_l2``, ``reward_rank_cost``, ``reward_divergence`` | parts; they sum to the reward |
     | ``env_step``, ``optimiser_steps`` | int, since the start of the episode |
+    | ``executed_rank`` | with ``parameter_budget``: int64 (M,), ranks that were trained, clipped to their matrix |
+    | ``projected`` | with ``parameter_budget``: int, matrices whose rank was lowered |
+    | ``component_credit`` | with ``component_info="credit"``: float32 (M, K), see below |
+    | ``component_sensitivity`` | with ``component_info="sensitivity"``: float32 (M, K), see below |
+
+    K is the number of bank slots: slot k of matrix i holds component ``table.components[i, k]`` (-1:
+    unused, 0 in both arrays), and a choice trains the slots ``table.mask[i, rank index, location index]``.
+    Both arrays are 0 in a step that diverges.
+
+    *Credit* of a component, chosen or not: -⟨∂L1/∂θ, Δ⟩, summed over its rows θ (left and right vector,
+    and σ in ``usv``), with the gradient of the reward loss after the step. Δ is what the last optimiser
+    step added to θ, weight decay included, or would have added had the component been chosen: AdamW
+    with the component's own moments and counter, and the last training gradient, scaled and clipped like
+    the others. Positive means that the change lowers L1, to first order. With ``steps_per_action=1``, a
+    small learning rate and no head, the credits of what was chosen sum to about -L2.
+
+    *Sensitivity*: Σ |θ·g| over the numbers of its rows, with g the gradient of the mean training loss
+    in the last optimiser step, before clipping, and θ the rows after it.
 
     ``reset`` gives ``L1``, ``env_step``, ``optimiser_steps`` (and ``instance`` where one was named).
 

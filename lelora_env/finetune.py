@@ -4,7 +4,6 @@ Shapes: L lanes · M matrices · K components · B rows a lane · N rows · P nu
 """
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 
@@ -23,7 +22,7 @@ from lelora_env.inputs import StepInputs
 from lelora_env.memory import training_advice, within_memory
 from lelora_env.models import Base
 from lelora_env.optim import MaskedAdamW
-from lelora_env.passes import Passes
+from lelora_env.passes import Passes, backward, token_width
 from lelora_env.scoring import Scorer
 from lelora_env.tasks.base import SPLIT_NAMES, Rows, Splits, Task
 
@@ -32,16 +31,6 @@ SMALL_PASS = 2**28
 
 OWN_STATE = ("step", "exp_avg", "exp_avg_sq")
 """Optimiser state that belongs to a lane; masks are set anew in every step."""
-
-
-def _backward(loss: Tensor) -> None:
-    """Run the backward pass into the flat gradient buffers.
-
-    Torch advises once that such gradients are views with the lane's stride; they are meant to be.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-        loss.backward()
 
 
 class FineTuner:
@@ -84,6 +73,7 @@ class FineTuner:
         self.inputs = StepInputs(self.batches, config, lanes, base.spectrum.layout.slots, self.device)
         self.losses, self.grad_norm, self.learning_rate, self.weight = torch.zeros(4, lanes, device=self.device)
         self.weight.fill_(1)
+        self._clipping = torch.ones(lanes, device=self.device) if "credit" in config.component_info else None
         reward_rows = self._trimmed(self.splits.reward)
         self.passes = Passes(base, task, self.lane_model, self.bank, reward_rows)
         if self.passes.looped and config.activation_checkpointing:
@@ -99,6 +89,11 @@ class FineTuner:
     def captures(self) -> bool:
         """Whether steps are recorded as CUDA graphs."""
         return self.config.cuda_graphs and self.device.type == "cuda"
+
+    @property
+    def rows_at_once(self) -> int:
+        """Training rows a lane in one pass."""
+        return self.config.batch_size // self.config.accumulate
 
     @property
     def steps(self) -> np.ndarray:
@@ -199,13 +194,13 @@ class FineTuner:
         @torch.enable_grad()
         def try_rows(rows: int) -> None:
             batch = self.batches.gather(self.inputs.indices[:, :1].expand(-1, rows).clamp_min(0), width)
-            _backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
+            backward(self.task.loss(self.forward(batch.rows), batch.rows)[0].sum())
 
         return training_advice(self.lanes, config.batch_size, config.accumulate, width, self.device, try_rows)
 
-    def _side_stream(self, width: int) -> SideStream | None:
+    def _side_stream(self, lane_rows: int, width: int) -> SideStream | None:
         """A stream for the bank's gradients, where all that they are computed from can be held till the pass ends."""
-        rows = self.lanes * self.config.batch_size // self.config.accumulate
+        rows = self.lanes * lane_rows
         numbers = sum(m.out_features + m.in_features for m in self.base.matrices)
         size = self.base.spectrum.residual[0].element_size()
         return self._side if size * rows * max(1, width) * numbers <= SMALL_PASS else None
@@ -215,7 +210,7 @@ class FineTuner:
         """One optimiser step of all lanes from static inputs; nothing here waits for the device."""
         self.optimiser.set_masks(list(self.bank.row_masks(self.inputs.mask, self.inputs.active).values()))
         self.bank.zero_grad()
-        side = self.lane_model.context.side = self._side_stream(width)
+        side = self.lane_model.context.side = self._side_stream(self.rows_at_once, width)
         total, weight = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         for part, indices in enumerate(self.inputs.indices.chunk(self.config.accumulate, dim=1)):
             batch = self.batches.gather(indices, width)
@@ -223,7 +218,7 @@ class FineTuner:
             with self.lane_model.context.using(dropout_keys=keys):
                 row_total, row_weight = self.task.loss(self.forward(batch.rows), batch.rows)
                 lane_total = (row_total * batch.weight).view(self.lanes, -1).sum(1)
-                _backward(lane_total.sum())
+                backward(lane_total.sum())
             total += lane_total.detach()
             weight += (row_weight * batch.weight).view(self.lanes, -1).sum(1)
         if side:
@@ -235,6 +230,8 @@ class FineTuner:
             group["lr"].copy_(self._peak(name) * self.inputs.factor)
         self.learning_rate.copy_(self.config.learning_rate * self.inputs.factor)
         self.grad_norm.copy_(self.optimiser.clip_lanes(self.config.max_grad_norm, scale=1 / self.weight))
+        if self._clipping is not None:
+            self._clipping.copy_(self.optimiser.factor)
         self.optimiser.step()
 
     def _peak(self, buffer: str) -> float:
@@ -276,6 +273,30 @@ class FineTuner:
             square.index_add_(1, owner, gradient.square().sum(-1))
         norms: Tensor = square.sqrt() / self.weight.unsqueeze(1)
         return norms
+
+    def changes(self) -> dict[str, Tensor]:
+        """What the last optimiser step added to each row, or would have added were it not masked out, (L, N, D).
+
+        Only with the component info ``"credit"``, and as long as the buffers hold the training gradient.
+        """
+        assert self._clipping is not None
+        return dict(zip(self.bank.rows, self.optimiser.changes(self._clipping), strict=True))
+
+    def replace_gradient(self) -> tuple[Tensor, Tensor]:
+        """Measure the reward loss and put its gradient by the rows where the training gradient was.
+
+        Returns:
+            The loss of every lane, see `reward_loss`, and the weight that its gradient is yet to be divided by;
+            both (L,).
+        """
+        self.bank.zero_grad()
+        rows = self.scorer.rows_with_gradients(self.rows_at_once)
+        side = self.lane_model.context.side = self._side_stream(rows, token_width(self.scorer.rows))
+        losses, weight = self.scorer.reward_loss_backward(self.rows_at_once)
+        if side:
+            side.join()
+        self.bank.collect()
+        return losses, weight
 
     # ------------------------------------------------------------------ state
 

@@ -8,12 +8,13 @@ Infos = dict[str, Any]
 
 
 def add(infos: Infos, key: str, values: np.ndarray, mask: np.ndarray) -> None:
-    """Add an info: blank where the mask (L,) is off, absent where it is off everywhere."""
+    """Add an info, (L, ...): blank where the mask (L,) is off, absent where it is off everywhere."""
     if mask.all():
         infos[key], infos[f"_{key}"] = np.array(values), mask.copy()
     elif mask.any():
         blank = np.full_like(values, None) if values.dtype == object else np.zeros_like(values)
-        infos[key], infos[f"_{key}"] = np.where(mask, values, blank), mask.copy()
+        here = mask.reshape(-1, *[1] * (values.ndim - 1))
+        infos[key], infos[f"_{key}"] = np.where(here, values, blank), mask.copy()
 
 
 def split(infos: Infos, ended: np.ndarray) -> tuple[Infos, Infos]:
@@ -27,7 +28,7 @@ def split(infos: Infos, ended: np.ndarray) -> tuple[Infos, Infos]:
 
 
 def first(infos: Infos) -> Infos:
-    """The info of lane 0 as plain Python values."""
+    """The info of lane 0: plain Python values, and arrays where a lane has more than one."""
     result: Infos = {}
     for key, values in infos.items():
         if not key.startswith("_") and infos[f"_{key}"][0]:

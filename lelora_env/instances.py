@@ -17,8 +17,8 @@ from lelora_env.tasks.planted import PlantedTask
 
 Split = Literal["train", "test"]
 
-FREE_OPTIONS = frozenset({"device", "dtype", "spectrum", "raw_observation", "extra_features", "common_random_numbers",
-                          "cuda_graphs"})
+FREE_OPTIONS = frozenset({"device", "dtype", "spectrum", "raw_observation", "extra_features", "component_info",
+                          "common_random_numbers", "cuda_graphs"})
 """Options that may be given beside an instance: they change the view or the machine, not the problem."""
 
 

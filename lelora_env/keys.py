@@ -54,8 +54,29 @@ def hashed_uniform(key: Tensor, counter: Tensor) -> Tensor:
     Returns:
         (L, C) float32 in [0, 1).
     """
-    x = (key.unsqueeze(1) & _MASK) ^ ((counter * 0x9E3779B1) & _MASK)  # (L, C)
+    x = _mixed((key.unsqueeze(1) & _MASK) ^ ((counter * 0x9E3779B1) & _MASK))  # (L, C)
+    return (x >> 7).to(torch.float32) / float(1 << 24)
+
+
+def hashed_key(*parts: Tensor) -> Tensor:
+    """One key of 31 bits from several parts, such as seed, episode and env step; a key for `hashed_uniform`.
+
+    Args:
+        parts: (L,) int64, not negative; their order counts.
+
+    Returns:
+        (L,) int64.
+    """
+    key = torch.zeros_like(parts[0])
+    for part in parts:
+        for half in (part & _MASK, part >> 31):
+            key = _mixed(((key ^ half) + 0x2545F491) & _MASK)
+    return key
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Two rounds of a multiply-xorshift hash on 31-bit integers."""
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = ((x ^ (x >> 16)) * multiplier) & _MASK
         x = x ^ (x >> 15)
-    return (x >> 7).to(torch.float32) / float(1 << 24)
+    return x

@@ -171,6 +171,43 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._factor.copy_(factor)
         return norms
 
+    @property
+    def factor(self) -> Tensor:
+        """Factor of each lane's gradient in the next `step`, (L,), as `clip_lanes` has set it."""
+        return self._factor
+
+    @torch.no_grad()
+    def changes(self, factor: Tensor) -> list[Tensor]:
+        """What the last `step` added to every active row, and would have added to the others had they been active.
+
+        The first follows from the moments as they are; for the second, a row's own moments and counter go one step
+        on with the present gradient. Nothing is changed.
+
+        Args:
+            factor: What `factor` was in that step, (L,).
+
+        Returns:
+            Δ of every parameter, (L, N, D).
+        """
+        found = []
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            rate = _per_lane(group["lr"])
+            for param, reference in zip(group["params"], group["reference"], strict=True):
+                theta, state = _rows(param), self.state[param]
+                mask, first, second = state["mask"], state["exp_avg"], state["exp_avg_sq"]
+                gradient = _rows(cast(Tensor, param.grad)) * factor.view(-1, 1, 1).to(theta.dtype)
+                first = torch.where(mask, first, first.lerp(gradient, 1 - beta1))
+                second = torch.where(mask, second, (second * beta2).addcmul_(gradient, gradient, value=1 - beta2))
+                count = torch.where(mask, state["step"], state["step"] + 1).clamp_min(1)
+                change = _change(first, second, count, rate, group)
+                if group["weight_decay"]:
+                    decay = rate * group["weight_decay"]
+                    delta = theta if reference is None else theta - reference
+                    change.add_(decay * torch.where(mask, (delta + change) / (1 - decay), delta))  # δ before the step
+                found.append(change.neg_())
+        return found
+
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, masks: Sequence[Tensor | None] | None = None
     ) -> float | None:
@@ -206,9 +243,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         first = state["exp_avg"].lerp(gradient, 1 - beta1)
         second = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         count = counter + 1  # (L, N, 1)
-        correction1, correction2 = (_bias_correction(beta, count, theta.dtype) for beta in (beta1, beta2))
-        denominator = second.sqrt().div_(correction2.sqrt().to(theta.dtype)).add_(group["eps"])
-        change = (first / denominator).mul_((rate / correction1).to(theta.dtype))
+        change = _change(first, second, count, rate, group)
         if group["weight_decay"]:
             delta = theta if reference is None else theta - reference
             change.add_(delta * (rate * group["weight_decay"]))
@@ -272,6 +307,13 @@ def _rows(tensor: Tensor) -> Tensor:
 def _per_lane(value: float | Tensor) -> float | Tensor:
     """A float or 0-D tensor as it is, (L,) as (L, 1, 1)."""
     return value.view(-1, 1, 1) if isinstance(value, Tensor) and value.ndim == 1 else value
+
+
+def _change(first: Tensor, second: Tensor, count: Tensor, rate: float | Tensor, group: dict[str, Any]) -> Tensor:
+    """What Adam takes off, (L, N, D), weight decay apart; from both moments and the steps that they have seen."""
+    correction1, correction2 = (_bias_correction(beta, count, first.dtype) for beta in group["betas"])
+    denominator = second.sqrt().div_(correction2.sqrt().to(first.dtype)).add_(group["eps"])
+    return (first / denominator).mul_((rate / correction1).to(first.dtype))
 
 
 def _bias_correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,8 @@
 Shapes: L lanes · B rows a lane.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,23 @@ from lelora_env.tasks.base import Rows, Task
 FORWARD_ROWS, FORWARD_TOKENS, LOGITS_BUDGET = 64, 2**18, 2**28
 """Rows per lane, tokens of all lanes, and logits in one forward pass without gradients, at most."""
 
+GRADIENT_TOKENS = 2**12
+"""Tokens of all lanes in one pass over reward rows with gradients, unless a training pass has more rows."""
+
 
 def token_width(rows: Rows) -> int:
     """Tokens of a row; 0 for rows that are not sequences."""
     return rows["input_ids"].shape[1] if "input_ids" in rows else 0
+
+
+def backward(loss: Tensor) -> None:
+    """Run the backward pass into the flat gradient buffers.
+
+    Torch advises once that such gradients are views with the lane's stride; they are meant to be.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        loss.backward()
 
 
 class Passes:

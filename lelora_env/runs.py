@@ -212,7 +212,7 @@ class RunFolder:
             self._set()
             self.write_json("config.json", config)
             self.write_json("matrices.json", [asdict(matrix) for matrix in matrices])
-            for name in ("metrics.jsonl", "allocation.jsonl"):
+            for name in ("metrics.jsonl", "allocation.jsonl", "policy.jsonl"):
                 self._streams[name] = (path / name).open("a", encoding="utf-8")
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -234,13 +234,31 @@ class RunFolder:
             self._events[lane] = EventFile(self.path / "events" / lane)
         self._events[lane].add(env_step, metrics)
 
-    def log_action(self, lane: str, env_step: int, action: np.ndarray) -> None:
+    def log_action(self, lane: str, env_step: int, action: np.ndarray, executed_rank: np.ndarray | None = None) -> None:
         """Append one flat action (2M,): the one that led to ``env_step``.
+
+        Args:
+            lane: Who chose it.
+            env_step: Number of the env step, from 1.
+            action: Rank index and location index of each matrix, interleaved.
+            executed_rank: (M,) ranks that were trained, where they may differ from the chosen ones.
 
         Raises:
             LeLoRAError: The line cannot be written.
         """
-        self._append("allocation.jsonl", {"lane": lane, "env_step": env_step, "action": action})
+        executed = {} if executed_rank is None else {"executed_rank": executed_rank}
+        self._append("allocation.jsonl", {"lane": lane, "env_step": env_step, "action": action, **executed})
+
+    def log_policy(self, lane: str, env_step: int, probabilities: np.ndarray) -> None:
+        """Append how likely every choice was, (M, R, S), when the action that led to ``env_step`` was drawn.
+
+        Each matrix becomes one list of R·S numbers, the locations of a rank side by side, to 5 digits behind the point.
+
+        Raises:
+            LeLoRAError: The line cannot be written.
+        """
+        rows = np.round(probabilities.astype(np.float64), 5).reshape(len(probabilities), -1)
+        self._append("policy.jsonl", {"lane": lane, "env_step": env_step, "probabilities": rows})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         try:
@@ -291,13 +309,18 @@ class LaneTrace:
 
     Attributes:
         name: The lane's name.
-        ranks: (T, M) int: the rank of each matrix in each env step.
+        ranks: (T, M) int: the rank that each matrix trained at in each env step.
         locations: (T, M) int: its location, as an index into the run's ``locations``.
         metrics: Lines of metrics.jsonl, ascending in ``env_step``; step 0 is the start.
+        probabilities: Env steps (N,) int, and the probability of every choice when their actions were drawn,
+            (N, M, R, S); N = 0 where nothing was noted.
     """
 
-    def __init__(self, name: str, ranks: np.ndarray, locations: np.ndarray, metrics: list[dict[str, Any]]) -> None:
+    def __init__(self, name: str, ranks: np.ndarray, locations: np.ndarray, metrics: list[dict[str, Any]],
+                 probabilities: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         self.name, self.ranks, self.locations, self.metrics = name, ranks, locations, metrics
+        nothing = np.zeros(0, dtype=np.int64), np.zeros((0, ranks.shape[1], 0, 0))
+        self.probabilities = nothing if probabilities is None else probabilities
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Env steps and values of one metric, both (N,), for the lines that have it (NaN for null)."""
@@ -325,8 +348,9 @@ class RunRecord:
                               "Read it with the version of lelora-env that run.json names.")
         self.config: dict[str, Any] = _read_json(path, "config.json")
         self.matrices = [MatrixInfo(**matrix) for matrix in _read_json(path, "matrices.json")]
-        metrics, actions = _read_lines(path / "metrics.jsonl"), _read_lines(path / "allocation.jsonl")
-        self.lanes = [self._trace(name, metrics, actions) for name in self.info["lanes"]]
+        metrics, actions, policies = (_by_lane(path / f"{name}.jsonl") for name in ("metrics", "allocation", "policy"))
+        self.lanes = [self._trace(name, metrics.get(name, []), actions.get(name, []), policies.get(name, []))
+                      for name in self.info["lanes"]]
 
     @property
     def status(self) -> Status:
@@ -335,12 +359,20 @@ class RunRecord:
         here = self.info.get("host") == platform.node()
         return "interrupted" if status == "running" and here and not _is_alive(self.info["pid"]) else status
 
-    def _trace(self, name: str, metrics: list[dict[str, Any]], actions: list[dict[str, Any]]) -> LaneTrace:
-        chosen = [line["action"] for line in actions if line["lane"] == name]
-        pairs = np.array(chosen, dtype=np.int64).reshape(len(chosen), len(self.matrices), 2)  # (T, M, 2)
+    def _trace(self, name: str, metrics: list[dict[str, Any]], actions: list[dict[str, Any]],
+               policies: list[dict[str, Any]]) -> LaneTrace:
+        pairs = np.array([line["action"] for line in actions], dtype=np.int64)
+        pairs = pairs.reshape(len(actions), len(self.matrices), 2)  # (T, M, 2)
         limits = np.array([min(m.out_features, m.in_features) for m in self.matrices], dtype=np.int64)  # (M,)
-        ranks = np.minimum(np.array(self.config["rank_set"], dtype=np.int64)[pairs[..., 0]], limits)
-        return LaneTrace(name, ranks, pairs[..., 1], [line for line in metrics if line["lane"] == name])
+        chosen = np.minimum(np.array(self.config["rank_set"], dtype=np.int64)[pairs[..., 0]], limits)
+        trained = [line.get("executed_rank", own) for line, own in zip(actions, chosen, strict=True)]
+        ranks = np.array(trained, dtype=np.int64).reshape(chosen.shape)
+        return LaneTrace(name, ranks, pairs[..., 1], metrics, self._policy(policies))
+
+    def _policy(self, lines: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        shape = len(lines), len(self.matrices), len(self.config["rank_set"]), len(self.config["locations"])
+        noted = np.array([line["probabilities"] for line in lines], dtype=np.float64)
+        return np.array([line["env_step"] for line in lines], dtype=np.int64), noted.reshape(shape)
 
 
 def _is_alive(pid: int) -> bool:
@@ -363,9 +395,10 @@ def _read_json(folder: Path, name: str) -> Any:
         raise LeLoRAError(f"{folder / name} is damaged ({error}). Take the folder from a copy.") from error
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, less a last one that was cut off while being written."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+def _by_lane(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a JSONL file by lane, less a last one that was cut off while being written."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in map(json.loads, filter(None, text.split("\n")[:-1])):
+        found.setdefault(line["lane"], []).append(line)
+    return found

@@ -3,6 +3,7 @@
 Shapes: L lanes · N rows · P numbers a row to score.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from lelora_env.batches import rounded, row_lengths, take_rows
 from lelora_env.errors import ModelError
 from lelora_env.memory import forward_advice, within_memory
-from lelora_env.passes import Passes, token_width
+from lelora_env.passes import GRADIENT_TOKENS, Passes, backward, token_width
 from lelora_env.tasks.base import Rows, Splits, Task
 
 
@@ -32,19 +33,48 @@ class Scorer:
         Args:
             lane: Only this lane's, (1,); ``None`` = every lane's, (L,).
         """
+        lanes = self.passes.lanes if lane is None else 1
+        total, weight = torch.zeros(2, lanes, device=self.device)
+        for part_total, part_weight in self._parts(lane, self.passes.rows_at_once(self.rows, lanes)):
+            total += part_total
+            weight += part_weight
+        mean: Tensor = total / weight
+        return mean
+
+    @torch.enable_grad()
+    def reward_loss_backward(self, training_rows: int) -> tuple[Tensor, Tensor]:
+        """The loss on the reward rows, and its gradient in the bank's buffers, which must be cleared before.
+
+        Args:
+            training_rows: Rows a lane in a training pass, so many rows fit with gradients.
+
+        Returns:
+            Every lane's loss, the numbers of `reward_loss` (to the last bits where it takes the rows in other
+            portions), and the weight that divides it and has yet to divide the gradient; both (L,).
+        """
+        total, weight = torch.zeros(2, self.passes.lanes, device=self.device)
+        for part_total, part_weight in self._parts(None, self.rows_with_gradients(training_rows)):
+            backward(part_total.sum())
+            total += part_total.detach()
+            weight += part_weight
+        return total / weight, weight
+
+    def rows_with_gradients(self, training_rows: int) -> int:
+        """Reward rows a lane in one pass with gradients, so that it needs no more than a training pass or is small."""
+        lanes = self.passes.lanes
+        small = GRADIENT_TOKENS // (lanes * max(1, token_width(self.rows)))
+        return min(self.passes.rows_at_once(self.rows, lanes), max(training_rows, small))
+
+    def _parts(self, lane: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Summed loss and weight of `size` reward rows at a time, each (L,), or (1,) for one lane."""
         passes = self.passes
         lanes = passes.lanes if lane is None else 1
-        total, weight = torch.zeros(2, lanes, device=self.device)
-        size = passes.rows_at_once(self.rows, lanes)
         for start in range(0, self.count, size):
             part = {k: v[start : start + size] for k, v in self.rows.items()}
             rows = passes.in_every_lane(part) if lane is None else part
             output = passes.forward(rows) if lane is None else passes.forward_lane(lane, rows)
             row_total, row_weight = self.task.loss(output, rows)
-            total += row_total.view(lanes, -1).sum(1)
-            weight += row_weight.view(lanes, -1).sum(1)
-        mean: Tensor = total / weight
-        return mean
+            yield row_total.view(lanes, -1).sum(1), row_weight.view(lanes, -1).sum(1)
 
     @property
     def advice(self) -> str:

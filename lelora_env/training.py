@@ -6,7 +6,7 @@ same rows in the same order, same number of optimiser steps. Only the allocation
 Shapes: L lanes · M matrices · F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from lelora_env.config import as_options
 from lelora_env.errors import LeLoRAError
+from lelora_env.learnt import learnt
 from lelora_env.runs import LaneTrace, RunFolder, RunRecord, check_writable, default_folder
 
 if TYPE_CHECKING:
@@ -111,12 +112,12 @@ class LaneResult:
     trained_parameters: float
 
 
-class OneLane(gym.Env[np.ndarray, np.ndarray]):
-    """A vector environment as an agent with one lane of it sees it: names and spaces, no step."""
+class LaneView(gym.Env[np.ndarray, np.ndarray]):
+    """A vector environment as an agent with some of its lanes sees it: names and spaces, no step."""
 
-    def __init__(self, vector: Any) -> None:
-        """Show the spaces of one lane of `vector`."""
-        self._vector = vector
+    def __init__(self, vector: Any, num_lanes: int = 1) -> None:
+        """Show the spaces of a lane of `vector` to an agent that will have `num_lanes` of them."""
+        self._vector, self.num_lanes = vector, num_lanes
         self.observation_space = vector.single_observation_space
         self.action_space = vector.single_action_space
 
@@ -127,29 +128,33 @@ class OneLane(gym.Env[np.ndarray, np.ndarray]):
 
 
 class SideBySide:
-    """Several agents, each on a lane of its own, under the protocol of one (an `Agent`)."""
+    """Several agents, each on lanes of its own, under the protocol of one (an `Agent`)."""
 
-    def __init__(self, agents: Sequence["Agent"]) -> None:
-        """Take L agents for L lanes, in order."""
-        self.agents = list(agents)
+    def __init__(self, agents: Sequence["Agent"], lanes_each: int = 1) -> None:
+        """Take L / lanes_each agents for L lanes, in order."""
+        self.agents, self.lanes_each = list(agents), lanes_each
+
+    def lanes(self, index: int) -> slice:
+        """The lanes of an agent."""
+        return slice(index * self.lanes_each, (index + 1) * self.lanes_each)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """(L, M, F) -> (L, 2M): each agent sees and answers its own lane only."""
-        return np.concatenate([agent.act(observation[i:i + 1]) for i, agent in enumerate(self.agents)])
+        """(L, M, F) -> (L, 2M): each agent sees and answers its own lanes only."""
+        return np.concatenate([agent.act(observation[self.lanes(i)]) for i, agent in enumerate(self.agents)])
 
     def update(self, transition: "Transition") -> dict[str, float]:
-        """Let each agent learn from its lane; scalars come back as ``<lane index>/<name>``."""
+        """Let each agent learn from its lanes; scalars come back as ``<agent's index>/<name>``."""
         scalars: dict[str, float] = {}
         for i in range(len(self.agents)):
-            scalars.update({f"{i}/{name}": value for name, value in self.update_lane(i, transition).items()})
+            scalars.update({f"{i}/{name}": value for name, value in self.update_one(i, transition).items()})
         return scalars
 
-    def update_lane(self, lane: int, transition: "Transition") -> dict[str, float]:
-        """Let one agent learn from its lane."""
-        return self.agents[lane].update(_lane(transition, lane))
+    def update_one(self, index: int, transition: "Transition") -> dict[str, float]:
+        """Let one agent learn from its lanes."""
+        return self.agents[index].update(_part(transition, self.lanes(index)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The agents' states, by lane index."""
+        """The agents' states, by index."""
         return {str(i): agent.state_dict() for i, agent in enumerate(self.agents)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,8 +163,47 @@ class SideBySide:
             agent.load_state_dict(state[str(i)])
 
 
-def _lane(transition: "Transition", lane: int) -> "Transition":
-    here = slice(lane, lane + 1)
+LOGGED_POLICIES = 100
+"""Env steps of a run, at most, for which the agents' probabilities are noted."""
+
+
+class Watched:
+    """Agents with one lane each, as one `Agent`, with the probabilities noted that their actions are drawn from.
+
+    Attributes:
+        probabilities: How likely every choice was in the env step that was acted on last, for each lane: (M, R, S), or
+            ``None`` for an agent that does not say or an env step that is not noted.
+    """
+
+    def __init__(self, agents: SideBySide, env_steps: int) -> None:
+        """Watch up to `LOGGED_POLICIES` of `env_steps`, evenly spread, the first and the last among them."""
+        count = min(LOGGED_POLICIES, env_steps)
+        self._steps = set(np.linspace(1, env_steps, count).round().astype(int).tolist())
+        self._agents, self._step = agents, 0
+        self.probabilities: list[np.ndarray | None] = [None] * len(agents.agents)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """(L, M, F) -> (L, 2M), as the agents themselves; each is asked for its own lane only."""
+        self._step += 1
+        for lane, agent in enumerate(self._agents.agents):
+            ask = getattr(agent, "probabilities", None) if self._step in self._steps else None
+            self.probabilities[lane] = None if ask is None else ask(observation[lane:lane + 1])[0]
+        return self._agents.act(observation)
+
+    def update(self, transition: "Transition") -> dict[str, float]:
+        """As the agents themselves."""
+        return self._agents.update(transition)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the agents themselves."""
+        return self._agents.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the agents themselves."""
+        self._agents.load_state_dict(state)
+
+
+def _part(transition: "Transition", here: slice) -> "Transition":
     return type(transition)(
         observation=transition.observation[here], action=transition.action[here], reward=transition.reward[here],
         terminated=transition.terminated[here], truncated=transition.truncated[here],
@@ -222,7 +266,10 @@ class Training:
                 results = self._contest(info, folder, observer)
                 folder.write_json("result.json", [asdict(result) for result in results])
                 save_adapter(self.env, path)
-                draw_run(RunRecord(path))
+                self._save_policy(path / "policy.safetensors")
+                record = RunRecord(path)
+                folder.write_json("learnt.json", learnt(record))
+                draw_run(record)
         except KeyboardInterrupt:
             with suppress(Exception):  # without a picture if need be: the interruption is what counts
                 if len(RunRecord(path).lanes[-1].ranks):
@@ -234,25 +281,41 @@ class Training:
 
     def _contest(self, info: dict[str, Any], folder: RunFolder, observer: StepObserver | None) -> list[LaneResult]:
         """Score, fine-tune, score again."""
-        from agents import run
+        from agents import AgentSpec, run
+        from agents.observers import AllocationScalars
 
-        lanes = self.settings.lanes
+        lanes, watched = self.settings.lanes, Watched(self.contestants, self.base.horizon)
+        describe = AllocationScalars(AgentSpec.from_env(self.env))
         before = self.base.evaluate("eval")
         for i, lane in enumerate(lanes):
             folder.log(lane, 0, {"L1": float(info["L1"][i]), "eval_score": before[i][self.metric]})
 
         def on_step(transition: "Transition", scalars: dict[str, float], step: int) -> None:
-            log_step(folder, lanes, transition, scalars, step)
+            log_step(folder, lanes, transition, scalars, step, describe(transition))
+            for lane, probabilities in zip(lanes, watched.probabilities, strict=True):
+                if probabilities is not None:
+                    folder.log_policy(lane, step, probabilities)
             self._check_finite(transition, step)
             if observer is not None:
                 observer(step, dict(zip(lanes, transition.info["L1"].tolist(), strict=True)))
 
-        run(self.env, self.contestants, env_steps=self.base.horizon, seed=self.settings.seed, on_step=on_step)
+        run(self.env, watched, env_steps=self.base.horizon, seed=self.settings.seed, on_step=on_step)
         after = self.base.evaluate("eval")
         tune = self.base.evaluate("tune") if self.base.env_config.tune_size else [{}] * len(lanes)
         traces = RunRecord(folder.path).lanes
         return [_row(trace, self.metric, *scores) for trace, *scores in zip(traces, before, after, tune, strict=True)]
 
+
+    def _save_policy(self, path: Path) -> None:
+        """Keep the agent's network, where it has one: another run can start from it."""
+        from agents import AgentSpec
+        from agents.files import save_policy
+
+        network = getattr(self.contestants.agents[0], "network", None)
+        if network is not None:
+            about = {"agent": self.settings.agent, "task": self.settings.task, "model": self.settings.model,
+                     "env_steps": self.base.horizon}
+            save_policy(network, AgentSpec.from_env(self.env), path, about)
 
     def _check_finite(self, transition: "Transition", step: int) -> None:
         """Stop the run at the first lane that diverged."""
@@ -266,12 +329,15 @@ class Training:
 
 def make_lanes(settings: TrainSettings) -> Any:
     """The vector environment with a lane for each contestant."""
+    from agents import required_options
+
     demonstration = DEMONSTRATION if settings.task == "docstrings" else {}
     return gym.make_vec(
         "lelora_env:LeLoRA-v0", num_envs=len(settings.lanes), vectorization_mode="vector_entry_point",
         autoreset_mode=gym.vector.AutoresetMode.DISABLED, task=settings.task_spec,
         model=None if settings.model == BUILT_IN else settings.model,
-        **{"common_random_numbers": True, **demonstration, **settings.options},
+        **{"common_random_numbers": True, **demonstration, **required_options(settings.agent, *settings.controls),
+           **settings.options},
     )
 
 
@@ -279,14 +345,14 @@ def make_contestants(settings: TrainSettings, env: Any) -> SideBySide:
     """The agent and its controls, each for one lane and with a seed of its own."""
     from agents import make_agent
 
-    view, (seed, *seeds) = OneLane(env), settings.agent_seeds
+    view, (seed, *seeds) = LaneView(env), settings.agent_seeds
     first = make_agent(settings.agent, view, seed=seed, **settings.agent_options)
     controls = zip(settings.controls, seeds, strict=True)
     return SideBySide([first, *(make_agent(name, view, seed=own) for name, own in controls)])
 
 
 def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scalars: dict[str, float],
-             step: int) -> None:
+             step: int, allocation: Mapping[str, np.ndarray]) -> None:
     """Write one env step of every lane.
 
     Args:
@@ -295,14 +361,16 @@ def log_step(folder: RunFolder, lanes: list[str], transition: "Transition", scal
         transition: What happened.
         scalars: What the agents report, as ``<lane index>/<name>``.
         step: Number of the env step, from 1.
+        allocation: What was allocated: `agents.observers.AllocationScalars` of the transition, each (L,).
     """
+    executed = transition.info.get("executed_rank", [None] * len(lanes))
     numbers = {name: np.asarray(value) for name, value in transition.info.items() if name != "env_step"}
     numbers = {name: value for name, value in numbers.items() if value.ndim == 1 and value.dtype.kind in "biuf"}
     for i, lane in enumerate(lanes):
         own = {f"agent/{name.partition('/')[2]}": value for name, value in scalars.items() if name.startswith(f"{i}/")}
-        folder.log_action(lane, step, transition.action[i])
+        folder.log_action(lane, step, transition.action[i], executed[i])
         folder.log(lane, step, {"reward": float(transition.reward[i]),
-                                **{name: float(value[i]) for name, value in numbers.items()}, **own})
+                                **{name: float(value[i]) for name, value in {**allocation, **numbers}.items()}, **own})
 
 
 def _row(trace: LaneTrace, metric: str, before: dict[str, float], after: dict[str, float],

@@ -11,19 +11,29 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
 from lelora_env.accounting import Accountant, LaneClocks
-from lelora_env.allocation import action_masks, build_choice_table, component_mask, decode_action
+from lelora_env.allocation import (
+    Allocation,
+    action_masks,
+    allocated_ranks,
+    build_choice_table,
+    component_mask,
+    decode_action,
+)
 from lelora_env.arguments import check_vocabulary, checked_mode, lane_list, lane_seeds, reset_mask
 from lelora_env.bank import lane_bytes
+from lelora_env.budget import build_budget, component_sizes, project
 from lelora_env.config import split_options
 from lelora_env.errors import DataError, LeLoRAError, MemoryLimitError, ModelError, NotReadyError
 from lelora_env.features import Observer, feature_table, spectrum_points
 from lelora_env.finetune import FineTuner, put_lanes
 from lelora_env.infos import Infos, add, split
+from lelora_env.keys import hashed_key
 from lelora_env.memory import lanes_advice, within_memory
 from lelora_env.models import Base, ModelSource, moved
 from lelora_env.outcome import Measurement, Outcome
@@ -101,6 +111,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.matrices = self.source.describe(self.task.head, self.task.num_labels, self.adapter_config)
         self.table = build_choice_table([min(m.out_features, m.in_features) for m in self.matrices],
                                         self.adapter_config)
+        share = self.env_config.parameter_budget
+        self._budget = None if share is None else build_budget(
+            share, self.table, component_sizes(self.matrices, self.adapter_config))
         self._make_spaces()
         self._base: Base | None = None
         self._splits: Splits | None = None
@@ -294,13 +307,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         tuner, clocks = self.tuner, self._clocks
         resetting = clocks.finished.copy()
-        allocation = decode_action(self._without(actions, resetting), self.num_envs, self.table)
+        chosen = decode_action(self._without(actions, resetting), self.num_envs, self.table)
         if resetting.any() and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             raise NotReadyError(f"lanes {np.flatnonzero(resetting).tolist()} have finished their episode: call "
                                 "reset(options={'reset_mask': ...}) before stepping them.")
         running = ~resetting
         for lane in np.flatnonzero(resetting):
             self._start_lane(int(lane), None)
+        allocation = self._within_budget(chosen)
         outcome = self._train_and_measure(tuner, component_mask(allocation, self.table), running)
         account = self._accountant.account(allocation, outcome, clocks, running)
         observations = outcome.observation
@@ -310,6 +324,9 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         infos: Infos = {}
         for key, value in account.values.items():
             add(infos, key, value, running)
+        if self._budget is not None:
+            add(infos, "executed_rank", allocated_ranks(allocation, self.table).numpy(), running)
+            add(infos, "projected", (allocation.rank_index < chosen.rank_index).sum(1).numpy(), running)
         infos |= self._clock_infos(np.ones_like(running))
         self._add_instance(infos, resetting)
         terminated = running & (account.diverged | (clocks.env_steps >= self.horizon))
@@ -319,6 +336,14 @@ class LeLoRAVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if clocks.finished.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             observations, infos = self._reset_in_place(observations, infos)
         return observations, account.rewards, terminated, truncated, infos
+
+    def _within_budget(self, chosen: Allocation) -> Allocation:
+        """What is trained: the choice itself, or under ``parameter_budget`` what it allows of it."""
+        if self._budget is None:
+            return chosen
+        clocks = self._clocks
+        keys = hashed_key(*map(torch.from_numpy, (clocks.seeds, clocks.episodes, clocks.env_steps)))
+        return Allocation(project(chosen.rank_index, self._budget, keys), chosen.location_index)
 
     def _train_and_measure(self, tuner: FineTuner, mask: Tensor, running: np.ndarray) -> Outcome:
         steps = tuner.steps.copy()

@@ -49,7 +49,8 @@ def test_a_run_leaves_its_folder_and_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter.json", "adapter.safetensors", "allocation.jsonl", "allocation.png", "config.json", "events",
-        "matrices.json", "metrics.jsonl", "result.json", "run.json"]
+        "learnt.json", "matrices.json", "metrics.jsonl", "policy.jsonl", "policy.safetensors", "result.json",
+        "run.json"]
     record = RunRecord(out)
     assert record.status == "finished"
     assert [lane.name for lane in record.lanes] == ["reinforce", "fixed", "random"]

@@ -4,6 +4,7 @@ import csv
 import re
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"torchrl_collect": "torchrl"}
+"""Examples for a package that is no dependency: without it they say how to get it, and end well."""
 
 
 @pytest.fixture
@@ -48,6 +51,12 @@ def test_examples_run(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPat
                       capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--tiny"] if "--tiny" in path.read_text(encoding="utf-8") else []
     monkeypatch.setattr(sys, "argv", [str(path), *tiny])
+    if path.stem in NEEDS and find_spec(NEEDS[path.stem]) is None:
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(path), run_name="__main__")
+        assert ending.value.code == 0
+        assert f"pip install {NEEDS[path.stem]}" in capsys.readouterr().err
+        return
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
 

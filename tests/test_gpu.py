@@ -233,3 +233,68 @@ def test_a_step_can_be_captured_after_memory_ran_out() -> None:
 
 def _no_memory(width: int) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+BOTH = ("credit", "sensitivity")
+
+
+def told(device: str, family: str = "bert", dtype: torch.dtype = torch.float32, **more: Any) -> list[Any]:
+    """Observations, reward losses and component info of a few steps."""
+    straight = more.pop("straight_into_a_step", False)
+    model = tiny_model(family, num_labels=3, attention="eager" if family in NO_SDPA else "sdpa").to(device, dtype)
+    model.config.pad_token_id = 1
+    options = {**TINY, "component_info": BOTH, "adam_eps": 1e-4, **more}
+    env = make_lanes(2, model=model, task=TokenTask(), **options)
+    env.reset(seed=0)
+    if straight:  # what is recorded first is then a step, whose training gradient recording must not disturb
+        state = env.get_state(0)
+        env = make_lanes(2, model=model, task=TokenTask(), **options)
+        env.set_state(state)
+    rng = np.random.default_rng(0)
+    result = []
+    for _ in range(3):
+        actions = rng.integers(0, env.single_action_space.nvec, env.action_space.shape)
+        observation, _, _, _, infos = env.step(actions)
+        result += [observation, infos["L1"], *(infos[f"component_{name}"] for name in BOTH)]
+    return result
+
+
+def assert_alike(one: list[Any], two: list[Any], tolerance: float) -> None:
+    for place, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), place
+
+
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("parametrisation", ["usv", "sqrt", "unit"])
+def test_recorded_component_info_is_the_plain_one(parametrisation: str, straight: bool) -> None:
+    options: dict[str, Any] = {"parametrisation": parametrisation, "weight_decay": 0.1,
+                               "straight_into_a_step": straight}
+    captured, plain = (told("cuda", cuda_graphs=graphs, **options) for graphs in (True, False))
+    assert_alike(captured, plain, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "deberta-v2"])
+def test_component_info_on_a_gpu_is_that_of_the_cpu(family: str) -> None:
+    assert_alike(told("cuda", family), told("cpu", family), 1e-2)
+
+
+def test_component_info_of_a_bf16_model_is_recorded() -> None:
+    captured, plain = (told("cuda", dtype=torch.bfloat16, cuda_graphs=graphs) for graphs in (True, False))
+    assert_alike(captured, plain, 1e-3)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_asking_for_component_info_changes_no_loss_on_a_gpu(graphs: bool) -> None:
+    one, two = (rollout("bert", "cuda", cuda_graphs=graphs, component_info=asked) for asked in ((), BOTH))
+    assert worst(one, two) < 1e-5
+
+
+def test_a_budget_holds_on_a_gpu() -> None:
+    executed = []
+    for device in ("cuda", "cpu"):
+        env = make_lanes(3, device=device, horizon=5, parameter_budget=0.3)
+        env.reset(seed=0)
+        infos = [env.step(np.full((3, 48), 2))[4] for _ in range(3)]
+        executed.append([info["executed_rank"].tolist() for info in infos])
+        assert all((info["trained_fraction"] > 0).all() and (info["projected"] > 0).all() for info in infos)
+    assert executed[0] == executed[1]

@@ -47,7 +47,7 @@ def _transition(action: Array, reward: list[float], num_matrices: int) -> Transi
 def _table_agent(num_matrices: int, **options: Any) -> tuple[Reinforce, Table]:
     table = Table(num_matrices)
     spec = AgentSpec.from_env(ToyVectorEnv(2, num_matrices=num_matrices))
-    return Reinforce(spec, policy=table, **options), table
+    return Reinforce(spec, policy=table, **{"preset": "paper", **options}), table
 
 
 # --- the update -----------------------------------------------------------------------------------------------------

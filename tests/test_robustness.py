@@ -171,7 +171,7 @@ def test_an_interrupted_step_leaves_no_dropout_behind(monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lelora_env.finetune._backward", interrupt)
+        patch.setattr("lelora_env.finetune.backward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             env.step(action_for(env, 2, 0))
     assert torch.equal(env.tuner.reward_loss(), expected)

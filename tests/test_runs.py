@@ -31,6 +31,7 @@ def write(folder: RunFolder, steps: int) -> None:
     for step in range(1, steps + 1):
         for lane in ("agent", "fixed"):
             folder.log_action(lane, step, np.array([2, 1, 2, 0]))
+            folder.log_policy(lane, step, np.full((2, 3, 2), 1 / 6))
             folder.log(lane, step, {"L1": 1.0 / step, "reward": -1.0})
 
 
@@ -53,6 +54,36 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses, [2.0, 1.0, 0.5, 1 / 3])
     np.testing.assert_array_equal(agent.series("reward")[0], [1, 2, 3])
     np.testing.assert_array_equal(fixed.series("L1")[0], [1, 2, 3])
+
+
+def test_probabilities_are_read_back_to_five_digits(tmp_path: Path) -> None:
+    """Two matrices, three ranks, two locations: a line holds the locations of each rank side by side."""
+    sure = np.zeros((2, 3, 2), dtype=np.float32)
+    sure[0, 1, 0], sure[1, 2, 1] = 1, 1
+    unsure = np.array([[[1 / 3, 0], [1 / 3, 0], [0, 1 / 3]], [[0.123456, 0.876544], [0, 0], [0, 0]]])
+    with folder_at(tmp_path / "run") as folder:
+        folder.log_policy("agent", 1, sure)
+        folder.log_policy("agent", 5, unsure)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "policy.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"lane": "agent", "env_step": 1, "probabilities": [[0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]},
+        {"lane": "agent", "env_step": 5, "probabilities": [[0.33333, 0, 0.33333, 0, 0, 0.33333],
+                                                           [0.12346, 0.87654, 0, 0, 0, 0]]}]
+    agent, fixed = RunRecord(tmp_path / "run").lanes
+    steps, noted = agent.probabilities
+    assert steps.tolist() == [1, 5]
+    np.testing.assert_array_equal(noted[0], sure)
+    np.testing.assert_allclose(noted[1], unsure, atol=5e-6)
+    assert [part.shape for part in fixed.probabilities] == [(0,), (0, 2, 3, 2)]
+    (tmp_path / "run" / "policy.jsonl").unlink()  # as older versions left it
+    assert [part.shape for part in RunRecord(tmp_path / "run").lanes[0].probabilities] == [(0,), (0, 2, 3, 2)]
+
+
+def test_ranks_are_those_that_were_trained(tmp_path: Path) -> None:
+    with folder_at(tmp_path / "run") as folder:
+        folder.log_action("agent", 1, np.array([2, 1, 2, 0]))
+        folder.log_action("agent", 2, np.array([2, 1, 2, 0]), np.array([2, 0]))
+    np.testing.assert_array_equal(RunRecord(tmp_path / "run").lanes[0].ranks, [[8, 3], [2, 0]])
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
@@ -143,12 +174,13 @@ def test_tensorboard_on_a_full_disk_is_silent(tmp_path: Path, monkeypatch: pytes
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     with folder_at(tmp_path / "run") as folder:
         write(folder, 2)
-    for name in ("metrics.jsonl", "allocation.jsonl"):
+    for name in ("metrics.jsonl", "allocation.jsonl", "policy.jsonl"):
         path = tmp_path / "run" / name
         path.write_bytes(path.read_bytes()[:-7])
     fixed = RunRecord(tmp_path / "run").lanes[1]
     assert len(fixed.ranks) == 1
     assert len(fixed.metrics) == 1
+    assert fixed.probabilities[0].tolist() == [1]
 
 
 def test_sigkill_leaves_a_readable_folder(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_gymnasiums_sync_vector_env_works_too() -> None:
 @pytest.mark.parametrize("lanes", [0, 4])
 def test_sb3_learns_end_to_end_and_calls_our_observer(name: str, lanes: int) -> None:
     env: Any = _lanes(lanes, horizons=5) if lanes else ToyEnv(horizons=5)
-    rollout = {"n_steps": 10} | ({"batch_size": 10} if name == "ppo" else {})
+    rollout: dict[str, Any] = {"n_steps": 10} | ({"batch_size": 10} if name == "ppo" else {})
     model = make_sb3(name, env, seed=0, **rollout)
     before = [p.detach().clone() for p in model.policy.parameters()]
     seen: list[tuple[Transition, dict[str, float], int]] = []
@@ -162,10 +162,10 @@ def test_sb3_learns_end_to_end_and_calls_our_observer(name: str, lanes: int) -> 
 def test_no_bootstrap_past_the_end_of_a_run_but_past_an_outside_stop(truncates: bool) -> None:
     """γ = 0.5, λ = 1, values forced to 8: a two-step episode returns r1 + r2/2, plus 8/4 only if cut from outside."""
     env = _lanes(2, horizons=2, truncates=truncates)
-    model = make_sb3("ppo", env, seed=0, n_steps=4, batch_size=8, gamma=0.5, gae_lambda=1.0, learning_rate=1e-9)
+    model: Any = make_sb3("ppo", env, seed=0, n_steps=4, batch_size=8, gamma=0.5, gae_lambda=1.0, learning_rate=1e-9)
     with torch.no_grad():
-        model.policy.value_net.weight.zero_()
-        model.policy.value_net.bias.fill_(8.0)
+        model.policy.value_net.head.weight.zero_()
+        model.policy.value_net.head.bias.fill_(8.0)
     rewards: list[Array] = []
     model.learn(8, callback=StepCallback(lambda t, s, n: rewards.append(t.reward)))
     reward = np.stack(rewards)  # (T, L)
@@ -178,15 +178,16 @@ def test_no_bootstrap_past_the_end_of_a_run_but_past_an_outside_stop(truncates: 
 
 def test_a_flat_policy_gets_a_warning_and_another_does_not(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        make_agent("ppo", ToyEnv())
+        make_agent("ppo", ToyEnv(), policy="MlpPolicy")
         assert "flat vector" in caplog.text
         caplog.clear()
         make_agent("ppo", ToyEnv(), policy=ActorCriticPolicy)
+        make_agent("ppo", ToyEnv())
         assert not caplog.text
 
 
 @pytest.mark.parametrize("lanes", [0, 2])
-def test_stock_ppo_on_the_built_in_instance(lanes: int) -> None:
+def test_ppo_on_the_built_in_instance_reports_true_returns(lanes: int) -> None:
     single: Any = gym.make("LeLoRA-v0", horizon=3)
     env: Any = LeLoRAVectorEnv(lanes, horizon=3, autoreset_mode=SAME_STEP) if lanes else single
     returns: list[float] = []
@@ -208,12 +209,15 @@ def test_stock_ppo_on_the_built_in_instance(lanes: int) -> None:
 # --- the same algorithms under our protocol -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c"])
+POLICIES = [("ppo", "per_matrix"), ("a2c", "per_matrix"), ("ppo", "MlpPolicy"), ("a2c", "MlpPolicy")]
+
+
+@pytest.mark.parametrize(("name", "policy"), POLICIES)
 @pytest.mark.parametrize("lanes", [0, 3])
 @pytest.mark.parametrize("truncates", [False, True])
-def test_the_agent_learns_bit_for_bit_what_sb3s_learn_does(name: str, lanes: int, truncates: bool) -> None:
+def test_the_agent_learns_bit_for_bit_what_sb3s_learn_does(name: str, policy: str, lanes: int, truncates: bool) -> None:
     """Foreign reference: SB3's own training loop, with the same seed and settings."""
-    settings: dict[str, Any] = {"seed": 3, "n_steps": 8, "gamma": 0.9}
+    settings: dict[str, Any] = {"seed": 3, "n_steps": 8, "gamma": 0.9, "policy": policy}
     settings |= {"batch_size": 4 * max(lanes, 1)} if name == "ppo" else {}
     options: dict[str, Any] = {"horizons": 5, "truncates": truncates}
     model = make_sb3(name, _lanes(lanes, **options) if lanes else ToyEnv(**options), **settings)
@@ -235,10 +239,10 @@ def _curve(env: Any, agent: Any, steps: int) -> Array:
     return np.stack(run(env, agent, env_steps=steps, seed=0).rewards)
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c"])
-def test_seed_and_state_dict_fix_the_curve_whatever_else_draws(name: str) -> None:
+@pytest.mark.parametrize(("name", "policy"), POLICIES)
+def test_seed_and_state_dict_fix_the_curve_whatever_else_draws(name: str, policy: str) -> None:
     env = ToyVectorEnv(2, horizons=5)
-    options = {"n_steps": 6} | ({"batch_size": 6} if name == "ppo" else {})
+    options: dict[str, Any] = {"n_steps": 6, "policy": policy} | ({"batch_size": 6} if name == "ppo" else {})
     agent, twin = (make_agent(name, env, seed=0, **options) for _ in range(2))
     first = _curve(env, agent, 8)  # stops in the middle of a rollout
     torch.manual_seed(1)
@@ -255,10 +259,10 @@ def test_seed_and_state_dict_fix_the_curve_whatever_else_draws(name: str) -> Non
         assert torch.equal(a, b)
 
 
-def test_ppo_learns_the_stationary_bandit() -> None:
+def test_stock_ppo_learns_the_stationary_bandit() -> None:
     """Chance is 0.29. The matrices never change here, so even the flat policy learns."""
     env = ToyVectorEnv(8, horizons=50, num_matrices=3)
-    agent = make_agent("ppo", env, seed=0, learning_rate=3e-3)
+    agent = make_agent("ppo", env, seed=0, policy="MlpPolicy", learning_rate=3e-3)
     history = run(env, agent, env_steps=200, seed=0)
     assert float(np.mean(history.rewards[:16])) < 0.45
     assert float(np.mean(history.rewards[-30:])) > 0.7
@@ -294,7 +298,10 @@ def test_bad_input_is_a_clear_error() -> None:
     fresh = make_agent("ppo", env)
     with pytest.raises(LeLoRAError, match="without act"):
         fresh.update(Transition(observation, action, np.array([0.0]), none, none, {}, observation))
-    with pytest.raises(LeLoRAError, match="diverged, or the observation"):
-        agent.act(np.full_like(observation, np.nan))
+    for policy in ("per_matrix", "MlpPolicy"):
+        columns = observation.copy()
+        columns[..., 2:] = np.nan
+        with pytest.raises(LeLoRAError, match="diverged, or the observation"):
+            make_agent("ppo", env, policy=policy).act(columns)
     with pytest.raises(LeLoRAError, match="on 1 lanes"):
         agent.load_state_dict(make_agent("ppo", ToyVectorEnv(2)).state_dict())

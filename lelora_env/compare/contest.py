@@ -17,7 +17,7 @@ from lelora_env.compare.sweep import ORACLE, Run, Sweep
 from lelora_env.config import as_options, split_options
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from lelora_env.runs import environment_facts
-from lelora_env.training import OneLane, SideBySide
+from lelora_env.training import LaneView, SideBySide
 
 if TYPE_CHECKING:
     from agents import Agent, Transition
@@ -88,10 +88,17 @@ def batches(sweep: Sweep, done: set[str], lanes: int) -> Iterator[list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in sweep.runs():
         if run.key not in done:
-            groups.setdefault(repr(sorted(run.environment.items(), key=str)), []).append(run)
+            groups.setdefault(repr(sorted(environment(run).items(), key=str)), []).append(run)
     for group in groups.values():
         for start in range(0, len(group), lanes):
             yield group[start : start + lanes]
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Every argument of the environment that a run needs, what its agent needs included."""
+    from agents import required_options
+
+    return {**required_options(run.method.agent), **run.environment}
 
 
 def _about(run: Run, sweep: Sweep) -> dict[str, Any]:
@@ -108,7 +115,7 @@ class Contest:
         self.runs = list(runs)
         self.env: Any = gym.make_vec(
             "lelora_env:LeLoRA-v0", num_envs=len(runs), vectorization_mode="vector_entry_point",
-            autoreset_mode=gym.vector.AutoresetMode.DISABLED, **self.runs[0].environment,
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED, **environment(self.runs[0]),
         )
         self.base: Any = self.env.unwrapped
         self.agents = SideBySide([self._agent(run) for run in self.runs])
@@ -116,7 +123,7 @@ class Contest:
     def _agent(self, run: Run) -> "Agent":
         from agents import FixedAllocation, make_agent
 
-        view: Any = OneLane(self.env)
+        view: Any = LaneView(self.env)
         if run.method.agent != ORACLE:
             return make_agent(run.method.agent, view, seed=run.agent_seed, **run.method.agent_options)
         from agents import AgentSpec
@@ -192,7 +199,7 @@ class _Contestants:
 
     def update(self, transition: "Transition") -> dict[str, float]:
         for lane in np.flatnonzero(self.alive):
-            self.agents.update_lane(int(lane), transition)
+            self.agents.update_one(int(lane), transition)
         self._steps += self.alive
         self.alive &= ~transition.info["diverged"].astype(bool)
         self._losses.append(np.where(self.alive, transition.info["L1"], np.nan))
