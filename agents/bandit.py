@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from agents.agent import Array, Transition
-from agents.baseline import RunningMean, expected, known_part
+from agents.baseline import RunningMean, expected, known_part, scaled
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError
 
@@ -21,9 +21,9 @@ class MatrixBandit:
     """Thompson sampling with a Gaussian for each choice of each matrix, all matrices learning from one shared reward.
 
     What a choice is credited with is the reward less what was known and expected (see `agents.baseline`), in units of
-    its slow root mean square; a choice that was made n times has mean μ and draws from N(μ, 1/(n + 1)). Counts fade, so
-    that what is best may change during a run. Rank 0 is one choice, wherever it is. It knows matrices by their place,
-    so what it learnt is of use on the same matrices only.
+    its slow root mean square and clipped; a choice that was made n times with credits of sum c draws from
+    N(c/(n + 1), 1/(n + 1)). Counts fade, so that what is best may change during a run. Rank 0 is one choice, wherever
+    it is. It knows matrices by their place, so what it learnt is of use on the same matrices only.
     """
 
     def __init__(self, spec: AgentSpec, *, memory: float = 0.999, seed: int = 0) -> None:
@@ -74,15 +74,14 @@ class MatrixBandit:
         surprise = np.where(usable, transition.reward - known_part(transition), 0.0)
         advantage = np.where(usable, surprise - expected(surprise, usable, self.slow.value), 0.0)
         self.slow.add(float(surprise[usable].mean()))
-        self.square.add(float(np.square(advantage[usable]).mean()))
-        scaled = advantage / max(np.sqrt(self.square.value), 1e-30)
+        credit = scaled(advantage, usable, self.square)
         pairs = transition.action.reshape(len(usable), -1, 2)
         place = np.where((pairs[..., 0] == 0) & (self.spec.rank_set[0] == 0), 0, pairs[..., 1])
         where = (np.broadcast_to(np.arange(pairs.shape[1]), place.shape), pairs[..., 0], place)
         self.count *= self.memory
         self.total *= self.memory
         np.add.at(self.count, where, usable[:, None].astype(np.float64))
-        np.add.at(self.total, where, scaled[:, None])
+        np.add.at(self.total, where, credit[:, None])
         return {"advantage": float(advantage[usable].mean())}
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,9 +96,11 @@ class MatrixBandit:
         Raises:
             LeLoRAError: The state is of another agent, or of other matrices or choices.
         """
-        if state.get("agent") != "bandit" or tuple(state["count"].shape) != self.count.shape:
-            raise LeLoRAError(f"expected the state of a bandit over {self.count.shape} choices (got one of "
-                              f"{state.get('agent')!r}, {tuple(state.get('count', np.zeros(0)).shape)})")
+        if state.get("agent") != "bandit":
+            raise LeLoRAError(f"expected the state of a bandit (got one of {state.get('agent')!r})")
+        if tuple(state["count"].shape) != self.count.shape:
+            raise LeLoRAError(f"expected the state of a bandit over {self.count.shape} choices (got one over "
+                              f"{tuple(state['count'].shape)})")
         self.count, self.total = state["count"].numpy().copy(), state["total"].numpy().copy()
         self.slow.set(state["slow"])
         self.square.set(state["square"])

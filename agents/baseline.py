@@ -3,12 +3,16 @@
 Shapes: L lanes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from agents.agent import Array, Transition
+
+CLIP = 5.0
+"""Largest scaled advantage, in root mean squares."""
 
 
 class RunningMean:
@@ -72,6 +76,25 @@ def expected(surprise: Array, usable: Array, slow: float) -> Array:
     count = int(usable.sum())
     if count < 2:
         return np.full(len(surprise), slow)
-    counted = np.where(usable, surprise, 0.0)
-    others: Array = (counted.sum() - counted) / (count - 1)
+    first = surprise[usable][0]  # taken off for the sum, so that equal values are expected without a rounding error
+    apart = np.where(usable, surprise - first, 0.0)
+    others: Array = first + (apart.sum() - apart) / (count - 1)
     return others
+
+
+def scaled(advantage: Array, usable: Array, square: RunningMean) -> Array:
+    """Advantages in root mean squares of the recent ones, these counted, and within ± `CLIP`: (L,).
+
+    What is beyond `CLIP` of the root mean square so far is clipped before it counts, so that one diverged lane does not
+    make all that comes after it look small.
+
+    Args:
+        advantage: (L,) 0 where not usable.
+        usable: (L,) bool: lanes that count; at least one.
+        square: The slow mean of their squares, which this call adds to.
+    """
+    limit = CLIP * math.sqrt(square.value) or math.inf  # nothing but zeros so far: no scale yet
+    kept: Array = advantage.clip(-limit, limit)
+    square.add(float(np.square(kept[usable]).mean()))
+    size = math.sqrt(square.value)
+    return (kept / size).clip(-CLIP, CLIP) if size > 0 else kept

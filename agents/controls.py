@@ -66,9 +66,12 @@ class RandomAllocation:
         """Continue the same draws.
 
         Raises:
-            LeLoRAError: The state is of another agent.
+            LeLoRAError: The state is of another agent, or keeps a draw for other matrices.
         """
         _check_kind(state, "random")
+        if state.get("kept") and len(state["kept"][0]) != 2 * self.spec.num_matrices:
+            raise LeLoRAError(f"the saved draw is for {len(state['kept'][0]) // 2} matrices, the environment has "
+                              f"{self.spec.num_matrices}")
         self.generator.set_state(state["generator"])
         self._kept = None if state.get("kept") is None else np.array(state["kept"], dtype=np.int64)
 

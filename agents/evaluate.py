@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from agents.agent import Agent, AnyEnv, Array, Transition, run
-from lelora_env.errors import LeLoRAError
+from lelora_env.errors import LeLoRAError, UnknownNameError
 
 REFERENCE = Path(__file__).with_name("reference.json")
 """Returns of uniform rank and of the best that is known, per instance; `benchmarks/reference_scores.py` makes it."""
@@ -85,8 +85,8 @@ def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *
         **options: Options of a named agent.
 
     Raises:
-        LeLoRAError: No instances, or one without a reference.
-        UnknownNameError: No such agent or instance.
+        LeLoRAError: No instances.
+        UnknownNameError: No such agent, or an instance that there is no reference result for.
     """
     if not instances:
         raise LeLoRAError("evaluate needs at least one instance; lelora_env.instances.list_instances() names them")
@@ -101,11 +101,11 @@ def reference(instance: str) -> dict[str, Any]:
     """``uniform`` and ``best`` mean reward of an env step on an instance, and what ``best_is``.
 
     Raises:
-        LeLoRAError: There is none for this instance.
+        UnknownNameError: There is none for this instance.
     """
     known: dict[str, Any] = json.loads(REFERENCE.read_text(encoding="utf-8"))["instances"]
     if instance not in known:
-        raise LeLoRAError(f"there is no reference result for {instance!r}; there are for {', '.join(sorted(known))}")
+        raise UnknownNameError("instance with a reference result", instance, known)
     found: dict[str, Any] = known[instance]
     return found
 
@@ -115,11 +115,13 @@ def mean_rewards(instance: str, make: Callable[[AnyEnv], Agent], learn: bool = F
     """Mean reward of an env step in one episode of each lane, (L,)."""
     env = gym.make_vec("LeLoRA-v0", num_envs=lanes, vectorization_mode="vector_entry_point", instance=instance,
                        autoreset_mode=gym.vector.AutoresetMode.DISABLED, device=device, **_required(make))
-    agent = make(env)
-    history = run(env, agent if learn else StandingStill(agent), episodes=1, seed=FIRST_SEED)
-    env.close()
+    try:
+        agent = make(env)
+        history = run(env, agent if learn else StandingStill(agent), episodes=1, seed=FIRST_SEED)
+    finally:
+        env.close()
     totals = np.zeros(lanes)
-    for episode in history.episodes[:lanes]:
+    for episode in reversed(history.episodes):  # a lane that diverged may have begun another: its first one counts
         totals[episode.lane] = episode.total_reward / episode.length
     return totals
 

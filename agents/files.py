@@ -3,15 +3,18 @@
 Shapes: M matrices.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agents.agent import Agent, Array
+from agents.knapsack import best_choices
+from agents.options import annotations_of
 from agents.policy import PerMatrixPolicy
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError
@@ -20,6 +23,7 @@ FORMAT = 1
 """Version of both formats."""
 
 _HEADER = "lelora_policy"
+_NETWORK = tuple(name for name in annotations_of(PerMatrixPolicy) if name not in ("spec", "seed"))
 
 
 def save_policy(
@@ -50,12 +54,12 @@ def load_policy(path: str | Path, spec: AgentSpec) -> PerMatrixPolicy:
         LeLoRAError: Not a policy file, a damaged or newer one, or one for other choices or features.
     """
     header, weights = _read(Path(path))
-    made, here = header["made_for"], _made_for(spec)
+    here = _made_for(spec)
+    made, settings = _part(path, header, "made_for", here), _part(path, header, "network", _NETWORK)
     for name in ("rank_set", "locations", "scaled", "spectrum_points"):
         if made[name] != here[name]:
             raise LeLoRAError(f"{path} holds a policy for {name} = {made[name]!r}, the environment has {here[name]!r}: "
                               "make the environment with the same rank_set, locations and observation options")
-    settings = dict(header["network"])
     if settings["layer_as"] == "embedding" and settings["embedding"] and made["layers"] != here["layers"]:
         raise LeLoRAError(f"{path} holds a policy that knows layers by number, {made['layers']} of them; the model has "
                           f"{here['layers']}. Only policies trained with layer_as='depth' can be used on other depths")
@@ -93,6 +97,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, weights
 
 
+def _part(path: str | Path, header: Mapping[str, Any], name: str, keys: Iterable[str]) -> dict[str, Any]:
+    """These keys of a part of the header.
+
+    Raises:
+        LeLoRAError: One is missing.
+    """
+    held = header.get(name)
+    lacking = [key for key in keys if not isinstance(held, dict) or key not in held]
+    if lacking:
+        raise LeLoRAError(f"{path} is not whole: its header lacks {', '.join(lacking)} in {name!r}")
+    return {key: header[name][key] for key in keys}
+
+
 def save_allocation(spec: AgentSpec, action: Array, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """Write a frozen allocation, atomically: a rank and a location for every matrix by name.
 
@@ -122,14 +139,16 @@ def load_allocation(path: str | Path, spec: AgentSpec) -> list[tuple[int, str]]:
     """
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
+        if held["format"] != FORMAT:
+            raise LeLoRAError(f"{path} has allocation format {held['format']!r}; this version reads {FORMAT}")
         rows = {row["name"]: (row["rank"], row["location"]) for row in held["matrices"]}
+    except LeLoRAError:
+        raise
     except FileNotFoundError:
         raise LeLoRAError(f"there is no allocation file {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LeLoRAError(f"{path} is not an allocation file, or damaged ({type(error).__name__}: {error}). `lelora "
                           "search` writes allocation.json") from None
-    if held.get("format") != FORMAT:
-        raise LeLoRAError(f"{path} has allocation format {held.get('format')!r}; this version reads {FORMAT}")
     names = [matrix.name for matrix in spec.matrices]
     missing = [name for name in names if name not in rows]
     if missing or len(rows) != len(names):
@@ -139,14 +158,17 @@ def load_allocation(path: str | Path, spec: AgentSpec) -> list[tuple[int, str]]:
     return [rows[name] for name in names]
 
 
-def final_allocation(agent: Agent, observation: Array) -> Array:
+def final_allocation(agent: Agent, observation: Array, spec: AgentSpec, budget: float | None = None) -> Array:
     """The one allocation that an agent stands for after learning, (2M,) int64.
 
-    Its own ``allocation()`` where it has that; else the likeliest choice of every matrix by its ``probabilities``.
+    Its own ``allocation()`` where it has that; else the likeliest of all that keep to the budget, by its
+    ``probabilities``.
 
     Args:
         agent: The agent.
         observation: What it sees at the start of a run, (L, M, F); the first lane counts.
+        spec: What can be chosen.
+        budget: Share of what the largest ranks train, in (0, 1]; ``None`` = no limit.
 
     Raises:
         LeLoRAError: It has neither.
@@ -156,19 +178,23 @@ def final_allocation(agent: Agent, observation: Array) -> Array:
     if not hasattr(agent, "probabilities"):
         raise LeLoRAError(f"{type(agent).__name__} has neither allocation() nor probabilities(observation), so no "
                           "single allocation can be read from it")
-    likely = agent.probabilities(observation[:1])[0]  # (M, R, S)
-    best = likely.reshape(len(likely), -1).argmax(1)
-    pairs: Array = np.stack(np.divmod(best, likely.shape[2]), axis=1).reshape(-1)
-    return pairs.astype(np.int64)
+    likely = np.log(np.maximum(agent.probabilities(observation[:1]), 1e-9))  # (1, M, R, S)
+    best: Array = best_choices(likely, spec, None if budget is None else spec.limit(budget))[0]
+    return best
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place, then move it there."""
+    """Write a file beside its place, then move it there; nothing is left beside it, whatever happens."""
+    from safetensors import SafetensorError
+
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(new)
         new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise LeLoRAError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise LeLoRAError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Choose a folder that "
+                          "exists, has space, and that you may write to") from None
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
 

@@ -57,7 +57,8 @@ def _priced(flat: Array, sizes: Array, limit: int) -> Array:
     best, more = ((flat - price[:, None, None] * sizes).argmax(-1) for price in (high, low))
     extra = [np.take_along_axis(sizes[None], choice[..., None], axis=2)[..., 0] for choice in (best, more)]
     spent = _total(best, sizes)[:, None] + (extra[1] - extra[0]).cumsum(1)
-    return np.where(spent <= limit, more, best)
+    chosen: Array = np.where(spent <= limit, more, best)
+    return chosen
 
 
 def _upgraded(chosen: Array, flat: Array, sizes: Array, limit: int) -> Array:

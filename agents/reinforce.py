@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.agent import Array, Transition
-from agents.baseline import RunningMean, expected, known_part
+from agents.baseline import RunningMean, expected, known_part, scaled
 from agents.files import load_policy
 from agents.options import annotations_of, check_options
 from agents.policy import ActionDistribution, LayerAs, PerMatrixPolicy, gumbel, require_finite
@@ -54,7 +54,7 @@ class ReinforceConfig:
         learning_rate: Adam's, above 0.
         baseline: ``"running_mean"`` of rewards, or ``"known"``: see the top of the file.
         baseline_decay: Decay of the running means, in [0, 1).
-        scaled: Whether advantages are divided by their slow root mean square, and clipped to ± `CLIP`.
+        scaled: Whether advantages are divided by their slow root mean square, and clipped (`agents.baseline.scaled`).
         entropy_bonus: Weight of the mean entropy (nats) in the loss, at least 0.
         network: Body of the network, see `agents.bodies`.
         embedding: Dimensions of the layer and the type embedding.
@@ -104,10 +104,6 @@ PRESETS: dict[str, ReinforceConfig] = {
     "paper": ReinforceConfig(),
 }
 """Named settings; keyword options of `Reinforce` change single ones."""
-
-
-CLIP = 5.0
-"""Largest scaled advantage, in root mean squares."""
 
 
 class Reinforce:
@@ -271,20 +267,11 @@ class Reinforce:
         known = np.zeros(len(reward)) if alone else known_part(transition)
         surprise = np.where(usable, reward - known, 0.0)
         baseline = known + (slow if alone else expected(surprise, usable, slow))
-        advantage = self._scale(np.where(usable, reward - baseline, 0.0), usable)
+        advantage = np.where(usable, reward - baseline, 0.0)
+        advantage = scaled(advantage, usable, self.square) if self.config.scaled else advantage
         scalars = self._step(transition, advantage, usable / usable.sum())
         self.baseline.add(float(surprise[usable].mean()))
         return {**scalars, "baseline": float(baseline[usable].mean()), "skipped_lanes": skipped}
-
-    def _scale(self, advantage: Array, usable: Array) -> Array:
-        """Advantages in root mean squares of the recent ones, this one counted, clipped; (L,)."""
-        if not self.config.scaled:
-            return advantage
-        limit = CLIP * math.sqrt(self.square.value) if self.square.count else math.inf
-        advantage = advantage.clip(-limit, limit)
-        self.square.add(float(np.square(advantage[usable]).mean()))
-        size = math.sqrt(self.square.value)
-        return advantage / size if size > 0 else advantage
 
     def _step(self, transition: Transition, advantage: Array, weight: Array) -> dict[str, float]:
         """Follow the policy gradient once; `advantage` and `weight` (of a lane in the mean) are (L,) float64."""

@@ -188,9 +188,10 @@ class Credit:
 
     Keeps a running mean of every component's credit and its standard error, over env steps, lanes and runs, and takes
     in each matrix the window whose sum of lower bounds (mean less `caution` standard errors) is greatest. A component
-    that does nothing has a bound below 0, so ranks grow no further than credit does, with or without a price. No
-    exploration is needed: credit tells of the components that were not chosen, too. It is first-order credit of one
-    step (see ``EnvConfig.component_info``), so what pays off late is not seen.
+    whose credit is noise about 0 has a bound below 0 and stays out. A useless one that trains nonetheless drifts, and
+    earns a little for being pulled back (on the built-in instance a hundredth of what a needed one earns), so it takes
+    a `price` to keep ranks small. No exploration is needed: credit tells of the components that were not chosen, too.
+    It is first-order credit of one step (see ``EnvConfig.component_info``), so what pays off late is not seen.
     """
 
     def __init__(self, spec: AgentSpec, *, budget: float | None = None, caution: float = 1.0, price: float = 0.0,

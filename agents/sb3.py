@@ -44,8 +44,8 @@ def sb3_defaults(name: str, num_lanes: int) -> dict[str, Any]:
     γ = 0, because the reward of an allocation arrives in the same env step (as in the paper);
     the CPU, because the policy is small. PPO: learning rate 1e-3 instead of 3e-4, and rollouts of
     about 128 transitions in four minibatches instead of 2,048, because an episode is one
-    fine-tuning run of a few hundred env steps. A2C: advantages normalised, because the reward's
-    scale is the task's, and learning rate 3e-3 instead of 7e-4. Both: ``ent_coef`` 0.05, as our
+    fine-tuning run of a few hundred env steps. A2C: as long rollouts (SB3: 5 env steps), advantages
+    normalised, because the reward's scale is the task's, and learning rate 3e-3 instead of 7e-4. Both: ``ent_coef`` 0.05, as our
     REINFORCE, without which a price on rank drives every rank to 0 before a location is found.
 
     SB3's ``clip_range`` of 0.2 is kept: the per-matrix policy gives ratio and entropy as means over
@@ -59,7 +59,7 @@ def sb3_defaults(name: str, num_lanes: int) -> dict[str, Any]:
         raise UnknownNameError("SB3 algorithm", name, ALGORITHMS)
     steps = 4 * max(1, 32 // num_lanes)
     own = {"ppo": {"learning_rate": 1e-3, "n_steps": steps, "batch_size": steps * num_lanes // 4},
-           "a2c": {"learning_rate": 3e-3, "normalize_advantage": True}}
+           "a2c": {"learning_rate": 3e-3, "n_steps": steps, "normalize_advantage": True}}
     return {"gamma": 0.0, "ent_coef": 0.05, "device": "cpu", **own[name]}
 
 

@@ -8,9 +8,9 @@ found         share of the planted matrices in which the agent's probability of 
               (with a price on rank: of exactly the planted choice) is at least 80 %
 left alone    with a price on rank: share of the other matrices with rank 0 at 80 % or more
 
-    python -m benchmarks.planted_agents --jobs 14 --out planted_agents.json
+    python -m benchmarks.planted_agents --jobs 14 --together 5 --out planted_agents.json
 
-With --jobs every seed is a process of its own on one core; what is in --out already is not run again.
+What is in --out already is not run again.
 """
 
 import argparse
@@ -167,9 +167,10 @@ def in_own_process(*arguments: Any) -> dict[str, Any]:
 
 
 def planned(arguments: argparse.Namespace, done: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Arguments of `contest` for what is still to be run: one seed each with --jobs, else all of them together."""
+    """Arguments of `contest` for what is still to be run."""
     seeds = list(range(arguments.seeds))
-    groups = [[seed] for seed in seeds] if arguments.jobs else [seeds]
+    size = arguments.together or len(seeds)
+    groups = [seeds[start : start + size] for start in range(0, len(seeds), size)]
     have = {(r["instance"], r["method"], tuple(r["seeds"])) for r in done}
     return [(instance, method, group, arguments.lanes, arguments.steps, arguments.device,
              arguments.options if method in LEARNERS else {})
@@ -186,7 +187,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2500, help="env steps of each lane")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=0, help="processes; 0 = this one, all seeds of a method together")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; 0 = this one")
+    parser.add_argument("--together", type=int, default=0, help="seeds that share a process; 0 = all of a method")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: options for every learning agent")
     parser.add_argument("--out", type=Path, default=Path("planted_agents.json"))
     return parser.parse_args()

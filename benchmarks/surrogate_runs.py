@@ -40,10 +40,12 @@ DATA_TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Name here → the task's name in the package, its folder in DATA, its options."""
 
-OPTIONS: dict[str, Any] = {"parametrisation": "unit", "learning_rate": 2e-3, "head_learning_rate": 1e-2,
+OPTIONS: dict[str, Any] = {"parametrisation": "unit", "head_learning_rate": 1e-2,
                            "batch_size": 16, "tune_size": 0, "rank_set": (0, 2, 4, 8)}
 REPLICATES = 2
 """The first lanes of every round hold the same allocations in all rounds: what chance alone does."""
+SHARE = 0.4
+"""Share of the parameters, of what the largest ranks train, up to which concentrated allocations are filled."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Plan:
             "LeLoRA-v0", num_envs=arguments.lanes, vectorization_mode="vector_entry_point", autoreset_mode="Disabled",
             model=self.model, task=self.task_spec(),
             target_modules=self.placement, horizon=1, steps_per_action=arguments.steps, common_random_numbers=True,
-            reward_size=arguments.reward_size, dtype=arguments.dtype, **OPTIONS)
+            reward_size=arguments.reward_size, dtype=arguments.dtype, learning_rate=arguments.learning_rate, **OPTIONS)
 
     def task_spec(self) -> Any:
         """The task as an environment takes it."""
@@ -111,15 +113,40 @@ def draw(generator: np.random.Generator, runs: int, legal: np.ndarray, locations
     return encode_action(rank, generator.integers(locations, size=rank.shape))
 
 
-def allocations(seed: int, number: int, lanes: int, legal: np.ndarray, locations: int) -> tuple[np.ndarray, list[str]]:
+def concentrate(generator: np.random.Generator, runs: int, env: Any) -> np.ndarray:
+    """Allocations (runs, 2M) that differ in *where* they train: about `SHARE` of the parameters, in few matrices.
+
+    Each run draws a preference for every type of matrix and one for every matrix, and fills matrices in the order of
+    their sum, with one of the two largest ranks, up to the share. Half of the runs have one location for all matrices.
+    """
+    legal, locations = env.table.legal, len(env.adapter_config.locations)
+    sides = np.array([m.out_features + m.in_features for m in env.matrices])
+    sizes = env.table.ranks.numpy() * sides[:, None]  # (M, R)
+    types = sorted({m.type for m in env.matrices})
+    kind = np.array([types.index(m.type) for m in env.matrices])
+    preference = generator.standard_normal((runs, len(types)))[:, kind] + generator.standard_normal((runs, len(legal)))
+    top = legal.shape[1] - 1 - generator.integers(2, size=(runs, 1))  # the largest rank or the one below
+    rank = np.minimum(top, np.where(legal, np.arange(legal.shape[1]), 0).max(1))  # (runs, M)
+    order = np.argsort(-preference, axis=1)
+    cost = np.take_along_axis(sizes[np.arange(len(legal)), rank], order, axis=1).cumsum(1)
+    kept = np.zeros(rank.shape, dtype=bool)
+    np.put_along_axis(kept, order, cost <= SHARE * sizes.max(1).sum(), axis=1)
+    place = generator.integers(locations, size=rank.shape)
+    place = np.where(generator.random((runs, 1)) < 0.5, place[:, :1], place)
+    return encode_action(np.where(kept, rank, 0), place)
+
+
+def allocations(seed: int, number: int, env: Any) -> tuple[np.ndarray, list[str]]:
     """The allocations (L, 2M) of a round, and how each was drawn."""
+    lanes, legal, locations = env.num_envs, env.table.legal, len(env.adapter_config.locations)
     repeated = min(REPLICATES, lanes - 2)
-    uniform = (lanes - repeated + 1) // 2
+    uniform, varied = max(1, (lanes - repeated) // 4), (lanes - repeated) // 8
+    concentrated = lanes - repeated - uniform - varied
     fixed = draw(np.random.default_rng([seed, 0]), repeated, legal, locations, False)
     generator = np.random.default_rng([seed, 1, number])
-    drawn = [draw(generator, count, legal, locations, varied)
-             for count, varied in ((uniform, False), (lanes - repeated - uniform, True))]
-    kinds = ["replicate"] * repeated + ["uniform"] * uniform + ["varied"] * (lanes - repeated - uniform)
+    drawn = [draw(generator, uniform, legal, locations, False), draw(generator, varied, legal, locations, True),
+             concentrate(generator, concentrated, env)]
+    kinds = ["replicate"] * repeated + ["uniform"] * uniform + ["varied"] * varied + ["concentrated"] * concentrated
     return np.concatenate([fixed, *drawn]), kinds
 
 
@@ -128,8 +155,7 @@ def run_round(env: Any, plan: Plan, number: int) -> list[dict[str, Any]]:
     seed = plan.arguments.seed + number
     _, infos = env.reset(seed=seed)
     before = infos["L1"]
-    actions, kinds = allocations(plan.arguments.seed, number, env.num_envs, env.table.legal,
-                                 len(env.adapter_config.locations))
+    actions, kinds = allocations(plan.arguments.seed, number, env)
     *_, infos = env.step(actions)
     if infos["diverged"].any():
         raise SystemExit(f"{plan.name}, round {number}: lanes diverged; lower the learning rate")
@@ -217,6 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reward-size", type=int, default=1024, help="held-out training rows that judge a run")
     parser.add_argument("--eval-rows", type=int, default=500)
     parser.add_argument("--model", default="minilm")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--dtype", default=None, help="of the frozen model: float32 or bfloat16")
     parser.add_argument("--seed", type=int, default=1000, help="of round 0; counted up by round")
     parser.add_argument("--minutes", type=float, default=float("inf"))

@@ -146,7 +146,7 @@ def decode_action(action: np.ndarray, lanes: int, table: ChoiceTable) -> Allocat
 def encode_action(rank_index: np.ndarray, location_index: np.ndarray) -> np.ndarray:
     """Interleave (..., M) rank and location indices into (..., 2M) flat actions."""
     pairs = np.stack(np.broadcast_arrays(rank_index, location_index), axis=-1).astype(np.int64)
-    return pairs.reshape(*pairs.shape[:-2], -1)
+    return pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2])
 
 
 def component_mask(allocation: Allocation, table: ChoiceTable) -> Tensor:

@@ -78,7 +78,8 @@ class AllocationRuns:
         lane: (N,) int64, place in the round.
         seed: (N,) int64, the round's seed.
         kind: (N,) str, how the allocation was drawn: ``uniform`` over all choices, ``varied`` with a probability of
-            rank 0 that the run drew first, ``replicate`` the same allocation in every round.
+            rank 0 that the run drew first, ``concentrated`` on few matrices at one total, ``replicate`` the same
+            allocation in every round.
         action: N arrays (2M,) int8, rank index and location index of each matrix, interleaved; (N, 2M) where all
             runs have the same placement.
         loss_before: (N,) L1 before the run, nats a row.

@@ -66,6 +66,10 @@ class SearchSettings:
                 raise LeLoRAError(f"{name} must be at least 1 (got {getattr(self, name)})")
         if not 0 < self.budget <= 1:
             raise LeLoRAError(f"budget must be in (0, 1] (got {self.budget})")
+        if self.seed < 0:
+            raise LeLoRAError(f"seed must be an integer of at least 0 (got {self.seed})")
+        if "budget" in self.agent_options:
+            raise LeLoRAError("the agent's budget is that of the search: use --budget")
         for name in ("horizon", "steps_per_action", "common_random_numbers", "parameter_budget"):
             if name in self.options:
                 raise LeLoRAError(f"{name} is what a search sets itself: use --steps and --budget")
@@ -82,7 +86,7 @@ class SearchResult:
 
     Attributes:
         path: The allocation file.
-        losses: (rounds, L) loss on the reward rows at the end of every run.
+        losses: (rounds, L) loss on the reward rows at the end of every run, NaN where it diverged.
         trained_parameters: Of the allocation.
         runs: Fine-tuning runs made.
         optimiser_steps: Optimiser steps made in all of them.
@@ -111,32 +115,41 @@ def search(settings: SearchSettings, observer: RoundObserver | None = None) -> S
     started = time.monotonic()
     env = _make_env(settings)
     agent = _make_agent(settings, env)
-    settings.out.mkdir(parents=True, exist_ok=True)
     losses: list[np.ndarray] = []
 
     def on_step(transition: "Transition", scalars: dict[str, float], step: int) -> None:
-        losses.append(np.array(transition.info["L1"]))
-        line = {"round": step, "losses": losses[-1], "actions": transition.action, "agent": scalars}
+        settings.out.mkdir(parents=True, exist_ok=True)
+        losses.append(np.where(transition.info["diverged"], np.nan, transition.info["L1"]))
+        line = {"round": step, "losses": losses[-1], "actions": transition.action,
+                "ranks": transition.info["executed_rank"], "agent": scalars}
         with (settings.out / "rounds.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(to_json(line) + "\n")
         if observer is not None:
             observer(step, float(losses[-1].mean()))
 
-    run(env, agent, episodes=settings.rounds, seed=settings.seed, on_step=on_step)
-    first, _ = env.reset(seed=settings.seed)
-    action, spec = final_allocation(agent, first), AgentSpec.from_env(env)
-    base: Any = env.unwrapped
+    try:
+        run(env, agent, episodes=settings.rounds, seed=settings.seed, on_step=on_step)
+        first, _ = env.reset(seed=settings.seed)
+    finally:
+        env.close()
+    spec, base = AgentSpec.from_env(env), env.unwrapped
+    action = final_allocation(agent, first, spec, settings.budget)
     runs = settings.rounds * settings.lanes
-    cost = {"runs": runs, "optimiser_steps": runs * settings.steps, "seconds": round(time.monotonic() - started, 1),
-            "first_round_loss": float(losses[0].mean()), "last_round_loss": float(losses[-1].mean())}
+    seconds = round(time.monotonic() - started, 1)
+    cost = {"runs": runs, "optimiser_steps": runs * settings.steps, "seconds": seconds,
+            "first_round_loss": _mean(losses[0]), "last_round_loss": _mean(losses[-1])}
     told = {name: value for name, value in asdict(settings).items() if name not in ("out", "options")}
     save_allocation(spec, action, settings.out / "allocation.json", {
         "budget": settings.budget, "search": {**told, **cost}, "about": environment_facts(),
         "options": _plain(as_options(base.adapter_config, base.env_config))})
-    env.close()
     trained = int(spec.sizes()[np.arange(spec.num_matrices), action.reshape(-1, 2)[:, 0]].sum())
     return SearchResult(path=settings.out / "allocation.json", losses=np.stack(losses), trained_parameters=trained,
-                        runs=runs, optimiser_steps=runs * settings.steps, seconds=cost["seconds"])
+                        runs=runs, optimiser_steps=runs * settings.steps, seconds=seconds)
+
+
+def _mean(losses: np.ndarray) -> float | None:
+    """Mean loss of a round; ``None`` where a lane has diverged, as JSON has no other word for it."""
+    return float(losses.mean()) if np.isfinite(losses).all() else None
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The protocol, the loop, and every agent on the real environment."""
 
 import io
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from agents import AGENT_NAMES, Agent, AgentSpec, History, Transition, make_agent, run
+from agents import AGENT_NAMES, REQUIRED, Agent, AgentSpec, History, Transition, make_agent, required_options, run
 from lelora_env import LeLoRAVectorEnv
 from lelora_env.errors import LeLoRAError, UnknownNameError
+from tests.helpers import make_lanes
 from tests.toy_env import Array, ToyEnv, ToyVectorEnv
 
 ALL_MODES = [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]
@@ -152,10 +152,20 @@ def test_transition_is_frozen() -> None:
 # --- make_agent -----------------------------------------------------------------------------------------------------
 
 
+def _real(lanes: int | None, name: str) -> Any:
+    """The built-in instance with what an agent needs to be told; ``None`` = the single environment."""
+    needed = {"horizon": 8, **required_options(name)}
+    return gym.make("LeLoRA-v0", **needed) if lanes is None else make_lanes(lanes, **needed)
+
+
+def _toy(lanes: int | None) -> Any:
+    return ToyEnv() if lanes is None else ToyVectorEnv(lanes)
+
+
 @pytest.mark.parametrize("name", AGENT_NAMES)
-@pytest.mark.parametrize("make", [ToyEnv, lambda: ToyVectorEnv(3)])
-def test_every_name_gives_a_working_agent(name: str, make: Callable[[], Any]) -> None:
-    env = make()
+@pytest.mark.parametrize("lanes", [None, 3])
+def test_every_name_gives_a_working_agent(name: str, lanes: int | None) -> None:
+    env = _real(lanes, name) if name in REQUIRED else _toy(lanes)
     agent = make_agent(name, env, seed=1)
     assert isinstance(agent, Agent)
     history = run(env, agent, env_steps=5, seed=0)
@@ -203,7 +213,7 @@ def test_states_of_other_agents_are_refused() -> None:
 
 @pytest.mark.parametrize("name", AGENT_NAMES)
 def test_every_agent_fine_tunes_on_the_built_in_instance(name: str) -> None:
-    env = gym.make("LeLoRA-v0", horizon=3)
+    env = gym.make("LeLoRA-v0", horizon=3, **required_options(name))
     agent = make_agent(name, env, seed=0)
     seen: list[Transition] = []
     history = run(env, agent, episodes=2, seed=0, on_step=lambda t, s, n: seen.append(t))

@@ -165,7 +165,7 @@ def test_policies_are_noted_before_learning_for_each_lane_and_evenly_spread(env_
 
 
 def global_states() -> list[Any]:
-    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+    return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]  # noqa: NPY002
 
 
 @pytest.mark.parametrize("name", AGENT_NAMES)

@@ -41,10 +41,10 @@ ACTIONS = [[3, 0, 3, 2, 1, 0], [0, 0, 0, 1, 0, 2]]
 """Lane 0: 8 primary, 8 (cut to 3) minor, 2 primary. Lane 1: nothing, wherever."""
 
 
-def scalars(events: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars as (step, value) by tag."""
+def scalars(events: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars by tag and step."""
     found = EventAccumulator(str(events)).Reload()
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
 
 def test_an_allocation_as_scalars() -> None:
@@ -76,11 +76,11 @@ def test_tensorboard_shows_means_over_lanes_and_leaves_out_what_is_not_finite(tm
         board(transition(ACTIONS, [-1, -2], L1=[0.5, 1.5]), {"entropy": 0.25, "loss": math.nan}, 1)
         board(transition(ACTIONS[1:] * 2, [math.inf, -4]), {"entropy": 0.125}, 2)
     found = scalars(tmp_path)
-    assert found["reward"] == [(1, -1.5), (2, -4)]
-    assert found["L1"] == [(1, 1)]
-    assert found["agent/entropy"] == [(1, 0.25), (2, 0.125)]
-    assert found["mean_rank"] == [(1, 3), (2, 0)]
-    assert found["location/minor"] == [(1, pytest.approx(8 / 18))]
+    assert found["reward"] == {1: -1.5, 2: -4}
+    assert found["L1"] == {1: 1}
+    assert found["agent/entropy"] == {1: 0.25, 2: 0.125}
+    assert found["mean_rank"] == {1: 3, 2: 0}
+    assert found["location/minor"] == {1: pytest.approx(8 / 18)}
     assert "agent/loss" not in found
 
 
@@ -93,7 +93,7 @@ def test_run_writes_events_and_calls_the_callers_observer(tmp_path: Path, capsys
     for tag, values in {"reward": history.rewards, "L1": [t.info["L1"] for t, _, _ in seen],
                         "mean_rank": [t.info["mean_rank"] for t, _, _ in seen],
                         "agent/entropy": [np.array([s["entropy"]]) for _, s, _ in seen]}.items():
-        assert found[tag] == [(i + 1, pytest.approx(float(value[0]), rel=1e-6)) for i, value in enumerate(values)]
+        assert found[tag] == {i + 1: pytest.approx(float(value[0]), rel=1e-6) for i, value in enumerate(values)}, tag
     assert {"rank/query", "rank/down", "rank/layer_0", "location/primary"} <= set(found)
     assert [n for _, _, n in seen] == [1, 2, 3]
     assert capsys.readouterr().err == "", "no bar where there is no terminal"
@@ -101,9 +101,11 @@ def test_run_writes_events_and_calls_the_callers_observer(tmp_path: Path, capsys
 
 def test_watching_changes_nothing(tmp_path: Path) -> None:
     rewards = []
-    for options in ({}, {"progress": True, "tensorboard": str(tmp_path)}):
+    for folder in (None, str(tmp_path)):
         env = ToyVectorEnv(2)
-        rewards.append(run(env, make_agent("reinforce", env, seed=1), env_steps=12, seed=0, **options).rewards)
+        history = run(env, make_agent("reinforce", env, seed=1), env_steps=12, seed=0, progress=folder is not None,
+                      tensorboard=folder)
+        rewards.append(history.rewards)
     np.testing.assert_array_equal(rewards[0], rewards[1])
 
 
@@ -112,14 +114,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("limits", "total"), [({"episodes": 2}, 6), ({"env_steps": 4}, 4),
-                                               ({"episodes": 2, "env_steps": 5}, 5)])
-def test_on_a_terminal_the_bar_counts_to_the_end(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int],
-                                                 total: int) -> None:
+@pytest.mark.parametrize(("episodes", "env_steps", "total"), [(2, None, 6), (None, 4, 4), (2, 5, 5)])
+def test_on_a_terminal_the_bar_counts_to_the_end(monkeypatch: pytest.MonkeyPatch, episodes: int | None,
+                                                 env_steps: int | None, total: int) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     env = ToyVectorEnv(2, horizons=3)
-    history = run(env, make_agent("random", env, seed=0), seed=0, progress=True, **limits)
+    agent = make_agent("random", env, seed=0)
+    history = run(env, agent, episodes=episodes, env_steps=env_steps, seed=0, progress=True)
     last = terminal.getvalue().rstrip().split("\r")[-1]
     assert f" {total}/{total} " in last
     mean = float(history.rewards[-1].mean())
@@ -142,7 +144,7 @@ def test_observers_are_closed_when_a_step_fails(tmp_path: Path) -> None:
     env = ToyVectorEnv(2)
     with pytest.raises(KeyboardInterrupt):
         run(env, make_agent("random", env, seed=0), env_steps=3, tensorboard=tmp_path, on_step=fail)
-    assert [step for step, _ in scalars(tmp_path)["reward"]] == [1]
+    assert list(scalars(tmp_path)["reward"]) == [1]
 
 
 def test_without_observers_nothing_is_called() -> None:

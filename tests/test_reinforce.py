@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from agents import AgentSpec, History, Transition, make_agent, run
-from agents.reinforce import Reinforce, ReinforceConfig, RunningMean
+from agents.baseline import RunningMean
+from agents.reinforce import Reinforce, ReinforceConfig
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from tests.toy_env import Array, ToyEnv, ToyVectorEnv
 
@@ -208,7 +209,7 @@ def test_illegal_choices_are_never_made() -> None:
 def test_learns_the_stationary_bandit(seed: int) -> None:
     """Chance is (1/4 + 1/3) / 2 = 0.29; the paper's preset is far above it after 200 env steps of 4 lanes."""
     env = ToyVectorEnv(4, horizons=50, problem=seed)
-    history = run(env, make_agent("reinforce", env, seed=seed), env_steps=200, seed=0)
+    history = run(env, make_agent("reinforce", env, seed=seed, preset="paper"), env_steps=200, seed=0)
     assert _mean_reward(history, 50) > 0.6
     control = run(env, make_agent("random", env, seed=seed), env_steps=300, seed=0)
     assert _mean_reward(control, 300) == pytest.approx(0.2917, abs=0.02)
@@ -256,9 +257,10 @@ def test_states_for_other_features_or_settings_are_refused() -> None:
     state["spec"]["feature_names"].append("grad_norm")
     with pytest.raises(LeLoRAError, match="feature_names"):
         agent.load_state_dict(state)
-    deeper = make_agent("reinforce", ToyEnv(num_matrices=20), hidden=(8,))
+    by_number = {"hidden": (8,), "layer_as": "embedding"}
+    deeper = make_agent("reinforce", ToyEnv(num_matrices=20), **by_number)
     with pytest.raises(LeLoRAError, match="does not fit this environment"):
-        deeper.load_state_dict(agent.state_dict())
+        deeper.load_state_dict(make_agent("reinforce", ToyEnv(), **by_number).state_dict())
 
 
 def test_a_state_saved_with_another_devices_kernels_loads() -> None:

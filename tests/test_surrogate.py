@@ -321,12 +321,13 @@ def test_runs_are_logged_resumed_and_can_be_repeated(tmp_path: Path, capsys: pyt
     assert result["runs_in_file"] == result["made"]["planted_query+value"]["runs"] == 8
     runs = load_allocations(path=out)
     assert runs.round.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert runs.kind.tolist() == ["replicate", "replicate", "uniform", "varied"] * 2
+    assert runs.kind.tolist() == ["replicate", "replicate", "uniform", "concentrated"] * 2
     assert np.array_equal(runs.action[:2], runs.action[4:6])
     assert not np.array_equal(runs.action[2:4], runs.action[6:8])
     assert len(set(runs.loss_before[:4])) == 1
     replayed: Any = gym.make("LeLoRA-v0", task="planted", target_modules="query,value", horizon=1, steps_per_action=5,
-                             reward_size=16, common_random_numbers=True, **surrogate_runs.OPTIONS).unwrapped
+                             reward_size=16, common_random_numbers=True, learning_rate=5e-4,
+                             **surrogate_runs.OPTIONS).unwrapped
     assert isinstance(replayed, lelora_env.LeLoRAEnv)
     replayed.reset(seed=int(runs.seed[6]))
     *_, info = replayed.step(runs.action[6].astype(np.int64))
@@ -354,6 +355,18 @@ def test_drawn_ranks_are_legal_and_their_total_varies() -> None:
         shares[varied] = (ranks == 0).mean(1)
     assert shares[False].std() < 0.1
     assert shares[True].std() == pytest.approx(12**-0.5, rel=0.15)  # a uniform probability
+
+
+def test_concentrated_allocations_differ_in_where_not_in_how_much() -> None:
+    env: Any = gym.make_vec("LeLoRA-v0", num_envs=1, vectorization_mode="vector_entry_point")
+    actions = surrogate_runs.concentrate(np.random.default_rng(0), 300, env.unwrapped).reshape(300, -1, 2)
+    ranks = np.array(env.unwrapped.adapter_config.rank_set)[actions[..., 0]]
+    sizes = np.array([m.out_features + m.in_features for m in env.unwrapped.matrices])
+    share = (ranks * sizes).sum(1) / (8 * sizes.sum())
+    assert share.max() <= 0.4
+    assert np.mean(share > 0.36) > 0.9
+    assert 0.2 < (ranks > 0).mean(0).min() < (ranks > 0).mean(0).max() < 0.8  # no matrix is always in or always out
+    assert 0.4 < np.mean((actions[..., 1] == actions[:, :1, 1]).all(1)) < 0.6
 
 
 @pytest.mark.skipif(not PACKAGED.is_file(), reason="the data set has not been made yet")

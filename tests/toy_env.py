@@ -13,10 +13,20 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lelora_env.allocation import build_choice_table
 from lelora_env.config import AdapterConfig
+from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
 
 Array = npt.NDArray[Any]
 SPECTRUM = 4
+SIDE, SMALL_SIDE = 32, 6  # inputs of a matrix; a small one has too few for rank 8
+
+
+def toy_matrices(count: int, small: int) -> list[MatrixInfo]:
+    """Two to a layer, query and key in turn, 32 x 32; the first `small` of them 32 x 6."""
+    sides = [SMALL_SIDE if i < small else SIDE for i in range(count)]
+    return [MatrixInfo(f"layers.{i // 2}.{MATRIX_TYPES[i % 2]}", i // 2, MATRIX_TYPES[i % 2], SIDE, side, False, False)
+            for i, side in enumerate(sides)]
 
 
 class ToyVectorEnv(VectorEnv[Array, Array, Array]):
@@ -31,6 +41,8 @@ class ToyVectorEnv(VectorEnv[Array, Array, Array]):
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         self.autoreset_mode = autoreset_mode
         self.adapter_config = AdapterConfig()
+        self.matrices = toy_matrices(num_matrices, small_matrices)
+        self.table = build_choice_table([m.in_features for m in self.matrices], self.adapter_config)
         self.feature_names = ("layer", "type", "norm", *(f"sv_{i}" for i in range(SPECTRUM)), "progress")
         self.horizons = np.broadcast_to(np.asarray(horizons), (num_envs,))
         self.horizon = int(self.horizons[0])
@@ -121,6 +133,7 @@ class ToyEnv(gym.Env[Array, Array]):
         self.observation_space, self.action_space = self.lane.single_observation_space, self.lane.single_action_space
         self.adapter_config, self.feature_names = self.lane.adapter_config, self.lane.feature_names
         self.num_matrices, self.best = self.lane.num_matrices, self.lane.best
+        self.table, self.matrices = self.lane.table, self.lane.matrices
 
     def action_masks(self) -> Array:
         masks: Array = self.lane.action_masks()[0]
