@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 import lelora_env  # registers LeLoRA-v0
-from agents import AGENT_NAMES, Transition, make_agent, run
+from agents import AGENT_NAMES, Transition, make_agent, required_options, run
 
 
 class AlwaysMinor:
@@ -42,15 +42,15 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=20, help="env steps in a run")
     parser.add_argument("--tiny", action="store_true", help="three env steps, to see that it runs")
     args = parser.parse_args()
-    env = gym.make("LeLoRA-v0", horizon=3 if args.tiny else args.horizon)
+    env = gym.make("LeLoRA-v0", horizon=3 if args.tiny else args.horizon, **required_options(*AGENT_NAMES))
     base = env.unwrapped
     assert isinstance(base, lelora_env.LeLoRAEnv)
     agents = {name: make_agent(name, env, seed=0) for name in AGENT_NAMES}
     agents["own"] = AlwaysMinor(base.num_matrices, rank_index=1, location_index=len(base.adapter_config.locations) - 1)
-    print(f"{'agent':10s} {'return':>8s} {'eval loss':>10s}")
+    print(f"{'agent':11s} {'return':>8s} {'eval loss':>10s}")
     for name, agent in agents.items():
         history = run(env, agent, episodes=1, seed=0)
-        print(f"{name:10s} {history.episodes[0].total_reward:8.2f} {base.evaluate('eval')['loss']:10.4f}")
+        print(f"{name:11s} {history.episodes[0].total_reward:8.2f} {base.evaluate('eval')['loss']:10.4f}")
     env.close()
 
 

@@ -82,6 +82,18 @@ def test_the_posterior_is_the_closed_form() -> None:
     assert 0.1 < noise < 0.9
 
 
+def test_thompson_draws_have_the_posteriors_mean_and_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, agent = np.random.default_rng(0), AdditiveModel(_spec(4))
+    for _ in range(3):  # fewer rounds than coefficients: far from a diagonal covariance
+        action = _random(rng, 4)
+        agent.update(_transition(action, rng.normal(size=4)))
+    factor, seen = agent._posterior()[1], []
+    monkeypatch.setattr(agent, "_best", lambda drawn: seen.append(drawn))
+    agent.act(_seen(100_000))
+    np.testing.assert_allclose(seen[0].mean(0), agent.coefficients().ravel(), atol=0.02)
+    np.testing.assert_allclose(np.cov(seen[0].T), factor @ factor.T, atol=0.03)
+
+
 def test_a_constant_for_every_round_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     agents = [AdditiveModel(_spec(), seed=3) for _ in range(2)]

@@ -85,5 +85,7 @@ def test_a_frozen_draw_is_kept_and_travels_with_the_state() -> None:
     other = make_agent("random", env, seed=1, frozen=True)
     other.load_state_dict(agent.state_dict())
     assert np.array_equal(other.act(observation), first)
+    with pytest.raises(LeLoRAError, match="the saved draw is for 6 matrices, the environment has 5"):
+        make_agent("random", ToyVectorEnv(3, num_matrices=5), frozen=True).load_state_dict(agent.state_dict())
     moving = make_agent("random", env, seed=0)
     assert not np.array_equal(moving.act(observation), moving.act(observation))

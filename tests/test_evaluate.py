@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from agents import AgentSpec, Episode, FixedAllocation, History, evaluate, make_agent
-from agents import evaluate as evaluate_function
 from agents.agent import AnyEnv
 from agents.evaluate import FIRST_SEED, LANES, StandingStill, mean_rewards, reference
 from lelora_env.errors import LeLoRAError, UnknownNameError
@@ -101,7 +100,7 @@ def test_the_first_episode_of_every_lane_counts(monkeypatch: pytest.MonkeyPatch)
 def test_instances_without_a_reference_are_refused_before_anything_runs(
     instances: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(evaluate_function.__globals__, "run")
+    monkeypatch.delitem(evaluate.__globals__, "run")
     with pytest.raises(LeLoRAError, match=message):
         evaluate("fixed", instances)
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from agents import AgentSpec, History, Transition, make_agent, run
-from agents.baseline import RunningMean
+from agents.baseline import CLIP, RunningMean
 from agents.reinforce import Reinforce, ReinforceConfig
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from tests.toy_env import Array, ToyEnv, ToyVectorEnv
@@ -257,7 +258,7 @@ def test_states_for_other_features_or_settings_are_refused() -> None:
     state["spec"]["feature_names"].append("grad_norm")
     with pytest.raises(LeLoRAError, match="feature_names"):
         agent.load_state_dict(state)
-    by_number = {"hidden": (8,), "layer_as": "embedding"}
+    by_number: dict[str, Any] = {"hidden": (8,), "layer_as": "embedding"}
     deeper = make_agent("reinforce", ToyEnv(num_matrices=20), **by_number)
     with pytest.raises(LeLoRAError, match="does not fit this environment"):
         deeper.load_state_dict(make_agent("reinforce", ToyEnv(), **by_number).state_dict())
@@ -311,3 +312,158 @@ def test_acting_in_inference_mode_does_not_hinder_learning() -> None:
         action = agent.act(observation)
     scalars = agent.update(Transition(observation, action, np.ones(1), nothing, nothing, {}, observation))
     assert scalars["gradient_norm"] > 0
+
+
+# --- the practical preset -------------------------------------------------------------------------------------------
+
+
+def _entropy_and_slope(rank: Array, location: Array) -> tuple[float, Array, Array]:
+    """Entropy of one matrix's choice under the rank-0 rule, and its slope in the logits, by hand."""
+    p, q = _softmax(rank), _softmax(location)
+    of_rank, of_location = -(p * np.log(p)).sum(), -(q * np.log(q)).sum()
+    by_rank = -p * (np.log(p) + of_rank) - of_location * p[0] * (np.eye(4)[0] - p)
+    return of_rank + (1 - p[0]) * of_location, by_rank, -(1 - p[0]) * q * (np.log(q) + of_location)
+
+
+class PracticalTwin:
+    """What the top of agents/reinforce.py describes, one number at a time, for a `Table` of three matrices."""
+
+    def __init__(self, table: Table) -> None:
+        self.logits = [p.detach().double().numpy().copy() for p in (table.rank, table.location)]
+        self.first, self.second = ([np.zeros_like(x) for x in self.logits] for _ in range(2))
+        self.surprises: list[float] = []
+        self.squares: list[float] = []
+
+    @staticmethod
+    def slow(values: list[float]) -> float:
+        weights = 0.99 ** np.arange(len(values))[::-1]
+        return float(weights @ values / weights.sum()) if values else 0.0
+
+    def advantages(self, reward: Array, before: Array) -> list[float]:
+        surprise = [float(r + b) for r, b in zip(reward, before, strict=True)]  # -L1_before is known
+        lanes, slow = len(surprise), self.slow(self.surprises)
+        expected = [(sum(surprise) - s) / (lanes - 1) if lanes > 1 else slow for s in surprise]
+        advantage, unit = [s - e for s, e in zip(surprise, expected, strict=True)], np.sqrt(self.slow(self.squares))
+        if unit > 0:
+            advantage = [min(max(a, -5 * unit), 5 * unit) for a in advantage]
+        self.squares.append(float(np.mean(np.square(advantage))))
+        self.surprises.append(float(np.mean(surprise)))
+        unit = np.sqrt(self.slow(self.squares))
+        return [min(max(a / unit, -5.0), 5.0) for a in advantage]
+
+    def update(self, action: Array, advantage: list[float]) -> None:
+        gradients = [np.zeros((3, 4)), np.zeros((3, 3))]
+        for matrix in range(3):
+            for lane, a in enumerate(advantage):
+                rank, place = action[lane].reshape(3, 2)[matrix]
+                share = a / 3 / len(advantage)
+                gradients[0][matrix] -= share * (np.eye(4)[rank] - _softmax(self.logits[0][matrix]))
+                if rank > 0:
+                    gradients[1][matrix] -= share * (np.eye(3)[place] - _softmax(self.logits[1][matrix]))
+            _, *slopes = _entropy_and_slope(self.logits[0][matrix], self.logits[1][matrix])
+            for gradient, slope in zip(gradients, slopes, strict=True):
+                gradient[matrix] -= 0.05 * slope / 3
+        steps = len(self.squares)
+        for head, gradient in enumerate(gradients):
+            self.first[head] = 0.9 * self.first[head] + 0.1 * gradient
+            self.second[head] = 0.999 * self.second[head] + 0.001 * gradient**2
+            root = np.sqrt(self.second[head] / (1 - 0.999**steps)) + 1e-8
+            self.logits[head] -= 5e-4 * self.first[head] / (1 - 0.9**steps) / root
+
+
+def _practical(num_matrices: int, **options: Any) -> tuple[Reinforce, Table]:
+    return _table_agent(num_matrices, preset="practical", **options)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_practical_equals_a_numpy_twin(lanes: int) -> None:
+    """One lane diverges in step 7, and all rewards fall by far more than what actions do."""
+    agent, table = _practical(3)
+    twin, rng = PracticalTwin(table), np.random.default_rng(0)
+    for step in range(14):
+        action = rng.integers([4, 3] * 3, size=(lanes, 6))
+        before = 50 - 3 * step + rng.normal(size=lanes)
+        change = rng.normal(size=lanes) * 0.01
+        reward = -(before + change) - 0.8 * change
+        reward[0] = -1e6 if step == 7 else reward[0]
+        info = {"L1": before + change, "L2": change}
+        entropy = np.mean([_entropy_and_slope(twin.logits[0][m], twin.logits[1][m])[0] for m in range(3)])
+        advantage = twin.advantages(reward, before)
+        scalars = agent.update(replace(_transition(action, reward.tolist(), 3), info=info))
+        assert scalars["advantage"] == pytest.approx(np.mean(advantage), abs=1e-6), step
+        assert scalars["entropy"] == pytest.approx(entropy, rel=1e-5)
+        twin.update(action, advantage)
+    np.testing.assert_allclose(table.rank.detach(), twin.logits[0], atol=1e-5)
+    np.testing.assert_allclose(table.location.detach(), twin.logits[1], atol=1e-5)
+    assert np.abs(table.rank.detach().numpy() - Table(3).rank.detach().numpy()).max() > 2e-3
+
+
+def test_a_diverged_lane_moves_the_policy_no_more_than_the_clip_allows() -> None:
+    """Each slope of log p is within ±1, so no logit's gradient is above CLIP / M, however bad the penalty."""
+    rng = np.random.default_rng(0)
+    for lanes, when in ((2, 5), (64, 0), (64, 5), (1, 5)):
+        agent, table = _practical(2, entropy_bonus=0.0)
+        for step in range(8):
+            reward = rng.normal(size=lanes)
+            reward[0] = -1e12 if step == when else reward[0]
+            agent.update(_transition(rng.integers([4, 3] * 2, size=(lanes, 4)), reward.tolist(), 2))
+            for parameter in (table.rank, table.location):
+                assert parameter.grad is not None
+                assert parameter.grad.abs().max() <= CLIP / 2 * (1 + 1e-6)
+        if when > 0:
+            assert agent.square.value < 10 * CLIP**2  # and what comes after is not made small by it
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 7])
+def test_rewards_without_variance_are_a_safe_step_and_do_not_stop_learning(lanes: int) -> None:
+    agent, table = _practical(2, entropy_bonus=0.0)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        scalars = agent.update(_transition(rng.integers([4, 3] * 2, size=(lanes, 4)), [-0.3] * lanes, 2))
+        assert scalars["advantage"] == 0
+        assert scalars["gradient_norm"] == 0
+    assert torch.equal(table.rank, Table(2).rank)
+    action = rng.integers([4, 3] * 2, size=(lanes, 4))
+    assert agent.update(_transition(action, [-0.3] * (lanes - 1) + [0.2], 2))["gradient_norm"] > 1e-3
+
+
+class FallingLoss(ToyVectorEnv):
+    """As the toy, but the reward is that of a run: the loss falls whatever is chosen, and a little more if it is right.
+
+    At the end of an episode it begins anew.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.right: list[Array] = []
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """L1 and L2 as the real environment has them."""
+        before = 5 * np.exp(-self.steps / 20)
+        observation, right, terminated, truncated, _ = super().step(actions)
+        change = 5 * np.exp(-self.steps / 20) - before - 0.02 * right
+        reward = -(before + change) - 0.8 * change
+        self.right.append(right)
+        everywhere = np.ones(self.num_envs, dtype=bool)
+        info = {"L1": before + change, "L2": change, "_L1": everywhere, "_L2": everywhere}
+        return observation, reward, terminated, truncated, info
+
+
+def _learnt(preset: str, **options: Any) -> float:
+    env = FallingLoss(8, horizons=50, autoreset_mode=AutoresetMode.DISABLED)
+    agent = make_agent("reinforce", env, seed=0, preset=preset, hidden=(64, 64), embedding=8, **options)
+    run(env, agent, env_steps=600, seed=0)
+    return float(np.mean(env.right[-100:]))
+
+
+def test_practical_learns_where_the_loss_falls_and_paper_does_not() -> None:
+    """Chance is 0.29; one choice for all matrices gets no more than about that."""
+    assert _learnt("practical") > 0.7
+    assert _learnt("paper") < 0.45
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_practical_learns_the_stationary_bandit(seed: int) -> None:
+    env = ToyVectorEnv(8, horizons=50, problem=seed)
+    history = run(env, make_agent("reinforce", env, seed=seed), env_steps=500, seed=0)
+    assert _mean_reward(history, 50) > 0.6

@@ -298,7 +298,8 @@ def test_credit_finds_the_planted_allocation_within_a_run() -> None:
     env = make_lanes(4, horizon=20, **required_options("credit"))
     agent = make_agent("credit", env, price=3e-5)
     run(env, agent, episodes=1, seed=0)
-    choices = env.task.best_allocation()
+    task: Any = env.task
+    choices = task.best_allocation()
     pairs = agent.act(env.observation_space.sample())[0].reshape(-1, 2)
     locations = list(env.adapter_config.location_names)
     planted = [m for m, choice in enumerate(choices) if choice.rank]
