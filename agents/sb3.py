@@ -45,8 +45,9 @@ def sb3_defaults(name: str, num_lanes: int) -> dict[str, Any]:
     the CPU, because the policy is small. PPO: learning rate 1e-3 instead of 3e-4, and rollouts of
     about 128 transitions in four minibatches instead of 2,048, because an episode is one
     fine-tuning run of a few hundred env steps. A2C: as long rollouts (SB3: 5 env steps), advantages
-    normalised, because the reward's scale is the task's, and learning rate 3e-3 instead of 7e-4. Both: ``ent_coef`` 0.05, as our
-    REINFORCE, without which a price on rank drives every rank to 0 before a location is found.
+    normalised, because the reward's scale is the task's, and learning rate 3e-3 instead of 7e-4.
+    Both: ``ent_coef`` 0.05, as our REINFORCE; without it a price on rank drives every rank to 0
+    before a location is found.
 
     SB3's ``clip_range`` of 0.2 is kept: the per-matrix policy gives ratio and entropy as means over
     matrices, so what is set here suits any number of them. A stock policy gives sums: divide

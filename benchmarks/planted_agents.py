@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import lelora_env
-from agents import AgentSpec, FixedAllocation, make_agent, run
+from agents import AgentSpec, FixedAllocation, make_agent, required_options, run
 from lelora_env.export import write_atomically
 from lelora_env.runs import environment_facts
 from lelora_env.training import LaneView, SideBySide
@@ -42,17 +42,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PPO": ("ppo", {}),
     "A2C": ("a2c", {}),
     "bandit per matrix": ("bandit", {}),
+    "additive model": ("additive", {"budget": None}),
+    "credit": ("credit", {}),
+    "sensitivity": ("sensitivity", {"budget": 1.0}),
 }
-LEARNERS = ("REINFORCE, paper", "REINFORCE, practical", "PPO", "A2C", "bandit per matrix")
+LEARNERS = ("REINFORCE, paper", "REINFORCE, practical", "PPO", "A2C", "bandit per matrix", "additive model", "credit")
+TABLE = tuple(METHODS)[:10]
+"""The methods of the main table."""
 INSTANCES = ("planted-free/test-0", "planted-charged/test-0", "planted-type/test-0")
 SURE = 0.8
 """Probability from which on a choice counts as made."""
 
 
-def make_env(instance: str, lanes: int, device: str | None) -> Any:
-    """Lanes of an instance; episodes are reset by the loop."""
+def make_env(instance: str, lanes: int, device: str | None, agent: str) -> Any:
+    """Lanes of an instance, as an agent needs them; episodes are reset by the loop."""
     return gym.make_vec("LeLoRA-v0", num_envs=lanes, vectorization_mode="vector_entry_point", instance=instance,
-                        autoreset_mode=gym.vector.AutoresetMode.DISABLED, device=device)
+                        autoreset_mode=gym.vector.AutoresetMode.DISABLED, device=device, **required_options(agent))
 
 
 def make_agents(env: Any, name: str, options: dict[str, Any], seeds: list[int], lanes: int) -> SideBySide:
@@ -117,7 +122,7 @@ def contest(instance: str, method: str, seeds: list[int], lanes: int, steps: int
     """Train a method's agents side by side and measure them."""
     name, own = METHODS[method]
     started = time.monotonic()
-    env = make_env(instance, len(seeds) * lanes, device)
+    env = make_env(instance, len(seeds) * lanes, device, name)
     agents = make_agents(env, name, {**own, **(options or {})}, seeds, lanes)
     starts = [1000 * seed + lane for seed in seeds for lane in range(lanes)]
     if method in LEARNERS:
@@ -182,7 +187,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--instances", nargs="+", default=list(INSTANCES))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(TABLE), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2500, help="env steps of each lane")

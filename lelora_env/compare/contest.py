@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from lelora_env.allocation import allocated_ranks, decode_action
 from lelora_env.compare.store import CRASHED, DIVERGED, FINISHED, RunStore
 from lelora_env.compare.sweep import ORACLE, Run, Sweep
 from lelora_env.config import as_options, split_options
@@ -169,16 +168,15 @@ class Contest:
 
     def _record(
         self, alive: bool, before: float, after: float, tune: float | None,
-        history: tuple[np.ndarray, np.ndarray, np.ndarray],
+        history: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     ) -> dict[str, Any]:
-        losses, actions, trained = history
-        allocation = decode_action(actions, len(actions), self.base.table)
+        losses, actions, trained, ranks = history
         return {
             "status": FINISHED if alive else DIVERGED,
             "score_before": before, "score": after if alive else None, "tune": tune if alive else None,
             "losses": losses.tolist(),
             "trained_parameters": float(trained.mean()), "trained_parameters_end": float(trained[-1]),
-            "mean_rank": float(allocated_ranks(allocation, self.base.table).double().mean()),
+            "mean_rank": float(ranks.mean()),
             "actions": actions.tolist(),
         }
 
@@ -193,6 +191,7 @@ class _Contestants:
         self._losses = [losses.copy()]
         self._actions: list[np.ndarray] = []
         self._trained: list[np.ndarray] = []
+        self._ranks: list[np.ndarray] = []
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         return self.agents.act(observation)
@@ -205,10 +204,12 @@ class _Contestants:
         self._losses.append(np.where(self.alive, transition.info["L1"], np.nan))
         self._actions.append(transition.action)
         self._trained.append(transition.info["trained_parameters"])
+        self._ranks.append(transition.info["mean_rank"])
         return {}
 
-    def history(self, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A lane's losses (from before its first step on), actions and numbers of trained parameters."""
+    def history(self, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A lane's losses (from before its first step on), actions, trained parameters and mean ranks."""
         steps = self._steps[lane]
-        losses, actions, trained = (np.stack(part)[:, lane] for part in (self._losses, self._actions, self._trained))
-        return losses[: steps + 1], actions[:steps], trained[:steps]
+        kept = (self._losses, self._actions, self._trained, self._ranks)
+        losses, actions, trained, ranks = (np.stack(part)[:, lane] for part in kept)
+        return losses[: steps + 1], actions[:steps], trained[:steps], ranks[:steps]
