@@ -13,7 +13,7 @@ import numpy as np
 
 from lelora_env.config import AdapterConfig
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
-from lelora_env.runs import LaneTrace, RunRecord
+from lelora_env.records import LaneTrace, RunRecord
 
 PHASES = ("early", "middle", "late")
 """Thirds of a run."""

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from lelora_env.config import AdapterConfig
 from lelora_env.export import write_atomically
 from lelora_env.matrices import MATRIX_TYPES, MatrixInfo
-from lelora_env.runs import LaneTrace, RunRecord
+from lelora_env.records import LaneTrace, RunRecord
 
 HUES = {"primary": "#0072B2", "medium": "#E69F00", "minor": "#882255"}
 EMPTY = "#F1F1F1"

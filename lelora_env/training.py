@@ -18,7 +18,8 @@ import numpy as np
 from lelora_env.config import as_options
 from lelora_env.errors import LeLoRAError
 from lelora_env.learnt import learnt
-from lelora_env.runs import LaneTrace, RunFolder, RunRecord, check_writable, default_folder
+from lelora_env.records import LaneTrace, RunRecord
+from lelora_env.runs import RunFolder, check_writable, default_folder
 
 if TYPE_CHECKING:
     from agents import Agent, Transition

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 from lelora_env import cli
 from lelora_env.cli import Progress, app, config_options, parse_settings, table
 from lelora_env.errors import LeLoRAError, UnknownNameError
-from lelora_env.runs import RunFolder, RunRecord
+from lelora_env.records import RunRecord
+from lelora_env.runs import RunFolder
 from lelora_env.training import LaneResult
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,6 +34,7 @@ LAYERS = (
     ("export",),
     ("generation",),
     ("runs",),
+    ("records",),
     ("plots", "learnt"),
     ("training",),
     ("search",),

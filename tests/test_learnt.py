@@ -13,7 +13,8 @@ import torch
 from agents import AGENT_NAMES, Transition, make_agent, required_options
 from lelora_env.learnt import entropy_curve, learnt, location_shares, mean_ranks, phases, update_norms
 from lelora_env.matrices import MatrixInfo
-from lelora_env.runs import LaneTrace, RunFolder, RunRecord
+from lelora_env.records import LaneTrace, RunRecord
+from lelora_env.runs import RunFolder
 from lelora_env.training import BUILT_IN, SideBySide, Training, TrainSettings, Watched
 
 LOCATIONS = ("primary", "minor")

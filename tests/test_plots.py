@@ -14,7 +14,8 @@ from matplotlib.text import Text
 
 from lelora_env.matrices import MatrixInfo
 from lelora_env.plots import allocation_figure, allocation_rgb, binned, depth, draw_order, draw_run, location_colours
-from lelora_env.runs import LaneTrace, RunFolder, RunRecord
+from lelora_env.records import LaneTrace, RunRecord
+from lelora_env.runs import RunFolder
 
 Array = npt.NDArray[np.float64]
 LOCATIONS = ("primary", "medium", "minor")

@@ -14,7 +14,8 @@ import pytest
 
 from lelora_env.errors import LeLoRAError
 from lelora_env.matrices import MatrixInfo
-from lelora_env.runs import RunFolder, RunRecord, check_writable, default_folder, environment_facts, to_json
+from lelora_env.records import RunRecord
+from lelora_env.runs import RunFolder, check_writable, default_folder, environment_facts, to_json
 
 MATRICES = [
     MatrixInfo("layer.0.query", 0, "query", 16, 16, False, True),

@@ -12,7 +12,7 @@ from agents.files import load_allocation
 from agents.spec import AgentSpec
 from lelora_env.cli import app
 from lelora_env.errors import LeLoRAError
-from lelora_env.runs import RunRecord
+from lelora_env.records import RunRecord
 from lelora_env.search import SearchSettings, search
 from tests.helpers import make_lanes
 
