@@ -9,6 +9,8 @@ Swapping the algorithm is one name::
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from agents.additive import AdditiveModel
 from agents.agent import Agent, AnyEnv, Episode, History, OnStep, Transition, run
 from agents.bandit import MatrixBandit
@@ -19,7 +21,7 @@ from agents.policy import ActionDistribution, PerMatrixPolicy
 from agents.reinforce import Reinforce, ReinforceConfig
 from agents.rules import Credit, Sensitivity, SpectralEnergy
 from agents.spec import AgentSpec
-from lelora_env.errors import UnknownNameError
+from lelora_env.errors import LeLoRAError, UnknownNameError
 
 __all__ = ["AGENT_NAMES", "REQUIRED", "ActionDistribution", "AdditiveModel", "Agent", "AgentSpec", "Credit", "Episode",
            "FixedAllocation", "History", "MatrixBandit", "OnStep", "PerMatrixPolicy", "RandomAllocation", "Reinforce",
@@ -90,6 +92,8 @@ def make_agent(name: str, env: AnyEnv, *, seed: int = 0, **options: Any) -> Agen
     """
     if name not in _BUILDERS:
         raise UnknownNameError("agent", name, AGENT_NAMES)
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise LeLoRAError(f"seed must be an integer of at least 0 (got {seed!r})")
     check_options(name, options, _known_options(name))
     return _BUILDERS[name](AgentSpec.from_env(env), seed=seed, **options)
 

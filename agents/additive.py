@@ -14,9 +14,8 @@ import torch
 
 from agents.agent import Array, Transition
 from agents.baseline import known_part
-from agents.controls import one_hot
 from agents.knapsack import best_choices
-from agents.spec import AgentSpec
+from agents.spec import AgentSpec, one_hot
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
 EXPLORATIONS = ("thompson", "ucb")
@@ -111,12 +110,13 @@ class AdditiveModel:
         return float(np.clip(math.sqrt(left / scale) if scale else 1.0, 0.05, 1.0))
 
     def update(self, transition: Transition) -> dict[str, float]:
-        """Let one round of lanes count; lanes without a finite reward do not.
+        """Let one round of lanes count; lanes that diverged or have no finite reward do not.
 
         Returns:
             ``noise``: the share of the rewards' standard deviation that the model does not explain.
         """
-        usable = np.isfinite(transition.reward)
+        diverged = np.asarray(transition.info.get("diverged", np.zeros(len(transition.reward))), dtype=bool)
+        usable = np.isfinite(transition.reward) & ~diverged  # a penalty is no loss
         if not usable.any():
             return {}
         reward = (transition.reward - known_part(transition))[usable]
@@ -140,7 +140,8 @@ class AdditiveModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the regression and the generator."""
-        return {"agent": "additive", "xx": torch.from_numpy(self.xx.copy()), "xy": torch.from_numpy(self.xy.copy()),
+        return {"agent": "additive", "spec": self.spec.fingerprint(),
+                "xx": torch.from_numpy(self.xx.copy()), "xy": torch.from_numpy(self.xy.copy()),
                 "yy": self.yy, "count": self.count, "earlier": torch.from_numpy(self.earlier.copy()),
                 "weight": self.weight, "generator": self.generator.bit_generator.state}
 
@@ -153,6 +154,7 @@ class AdditiveModel:
         if state.get("agent") != "additive" or len(state["xy"]) != len(self.xy):
             raise LeLoRAError(f"expected the state of an additive agent with {len(self.xy)} coefficients (got one of "
                               f"{state.get('agent')!r} with {len(state.get('xy', []))})")
+        self.spec.check_fingerprint(state["spec"])
         self.xx, self.xy = state["xx"].numpy().copy(), state["xy"].numpy().copy()
         self.yy, self.count = state["yy"], state["count"]
         self.earlier, self.weight = state["earlier"].numpy().copy(), state["weight"]

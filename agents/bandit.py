@@ -86,7 +86,7 @@ class MatrixBandit:
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, sums and the generator."""
-        return {"agent": "bandit", "count": torch.from_numpy(self.count.copy()),
+        return {"agent": "bandit", "spec": self.spec.fingerprint(), "count": torch.from_numpy(self.count.copy()),
                 "total": torch.from_numpy(self.total.copy()), "slow": self.slow.state(),
                 "square": self.square.state(), "generator": self.generator.bit_generator.state}
 
@@ -98,6 +98,7 @@ class MatrixBandit:
         """
         if state.get("agent") != "bandit":
             raise LeLoRAError(f"expected the state of a bandit (got one of {state.get('agent')!r})")
+        self.spec.check_fingerprint(state["spec"])
         if tuple(state["count"].shape) != self.count.shape:
             raise LeLoRAError(f"expected the state of a bandit over {self.count.shape} choices (got one over "
                               f"{tuple(state['count'].shape)})")

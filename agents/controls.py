@@ -13,7 +13,7 @@ import torch
 from agents.agent import Array, Transition
 from agents.files import load_allocation
 from agents.policy import ActionDistribution
-from agents.spec import AgentSpec
+from agents.spec import AgentSpec, one_hot
 from lelora_env.errors import LeLoRAError
 
 
@@ -60,7 +60,8 @@ class RandomAllocation:
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, and the draw that is kept."""
         kept = self._kept.tolist() if self.frozen and self._kept is not None else None
-        return {"agent": "random", "generator": self.generator.get_state(), "kept": kept}
+        return {"agent": "random", "spec": self.spec.fingerprint(), "generator": self.generator.get_state(),
+                "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the same draws.
@@ -69,6 +70,7 @@ class RandomAllocation:
             LeLoRAError: The state is of another agent, or keeps a draw for other matrices.
         """
         _check_kind(state, "random")
+        self.spec.check_fingerprint(state["spec"])
         if state.get("kept") and len(state["kept"][0]) != 2 * self.spec.num_matrices:
             raise LeLoRAError(f"the saved draw is for {len(state['kept'][0]) // 2} matrices, the environment has "
                               f"{self.spec.num_matrices}")
@@ -141,15 +143,6 @@ class FixedAllocation:
             raise LeLoRAError(f"the saved allocation is for {len(state['action']) // 2} matrices, the environment has "
                               f"{self.spec.num_matrices}")
         self.action = np.array(state["action"], dtype=np.int64)
-
-
-def one_hot(action: Array, spec: AgentSpec) -> Array:
-    """Actions (L, 2M) as probabilities of all choices, (L, M, R, S) float32."""
-    pairs = action.reshape(len(action), spec.num_matrices, 2)
-    result = np.zeros((*pairs.shape[:2], len(spec.rank_set), len(spec.locations)), dtype=np.float32)
-    np.put_along_axis(result.reshape(*pairs.shape[:2], -1),
-                      (pairs[..., :1] * len(spec.locations) + pairs[..., 1:]), 1.0, axis=2)
-    return result
 
 
 def _uniform(spec: AgentSpec, rank: int | None, location: str | float) -> list[tuple[int, str | float]]:

@@ -66,7 +66,7 @@ class StandingStill:
         self.agent.load_state_dict(state)
 
 
-def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *, learn: bool = False,
+def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *, learn: bool | None = None,
              lanes: int = LANES, device: str | None = None, **options: Any) -> Evaluation:
     """Let an agent fine-tune named instances and score it.
 
@@ -79,7 +79,8 @@ def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *
         agent: A name of `make_agent`, or a function that makes an agent for an environment, such as
             ``lambda env: make_agent("reinforce", env, policy_file="policy.safetensors")``.
         instances: Names of instances, see ``lelora_env.instances.list_instances``.
-        learn: Whether the agent learns during the episode.
+        learn: Whether the agent hears of the episode. ``None`` = only those agents by name that do nothing without
+            hearing what the environment reports (``agents.REQUIRED``).
         lanes: L, episodes for each instance.
         device: Where to compute.
         **options: Options of a named agent.
@@ -91,7 +92,9 @@ def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *
     if not instances:
         raise LeLoRAError("evaluate needs at least one instance; lelora_env.instances.list_instances() names them")
     known = {name: reference(name) for name in instances}
-    returns = {name: mean_rewards(name, _maker(agent, options), learn, lanes, device) for name in instances}
+    make = _maker(agent, options)
+    hears = bool(_required(make)) if learn is None else learn
+    returns = {name: mean_rewards(name, make, hears, lanes, device) for name in instances}
     scores = {name: (returns[name] - known[name]["uniform"]) / (known[name]["best"] - known[name]["uniform"])
               for name in instances}
     return Evaluation(scores, returns)

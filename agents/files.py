@@ -16,7 +16,7 @@ from agents.agent import Agent, Array
 from agents.knapsack import best_choices
 from agents.options import annotations_of
 from agents.policy import PerMatrixPolicy
-from agents.spec import AgentSpec
+from agents.spec import AgentSpec, one_hot
 from lelora_env.errors import LeLoRAError
 
 FORMAT = 1
@@ -63,10 +63,10 @@ def load_policy(path: str | Path, spec: AgentSpec) -> PerMatrixPolicy:
     if settings["layer_as"] == "embedding" and settings["embedding"] and made["layers"] != here["layers"]:
         raise LeLoRAError(f"{path} holds a policy that knows layers by number, {made['layers']} of them; the model has "
                           f"{here['layers']}. Only policies trained with layer_as='depth' can be used on other depths")
-    policy = PerMatrixPolicy(spec, **settings)
     try:
+        policy = PerMatrixPolicy(spec, **settings)
         policy.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise LeLoRAError(f"{path} is not whole: {' '.join(str(error).split())}") from None
     return policy
 
@@ -173,13 +173,15 @@ def final_allocation(agent: Agent, observation: Array, spec: AgentSpec, budget: 
     Raises:
         LeLoRAError: It has neither.
     """
+    limit = None if budget is None else spec.limit(budget)
     if hasattr(agent, "allocation"):
-        return np.asarray(agent.allocation(), dtype=np.int64)
+        own = np.asarray(agent.allocation(), dtype=np.int64)
+        return own if limit is None else best_choices(one_hot(own[None], spec).astype(np.float64), spec, limit)[0]
     if not hasattr(agent, "probabilities"):
         raise LeLoRAError(f"{type(agent).__name__} has neither allocation() nor probabilities(observation), so no "
                           "single allocation can be read from it")
     likely = np.log(np.maximum(agent.probabilities(observation[:1]), 1e-9))  # (1, M, R, S)
-    best: Array = best_choices(likely, spec, None if budget is None else spec.limit(budget))[0]
+    best: Array = best_choices(likely, spec, limit)[0]
     return best
 
 

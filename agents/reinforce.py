@@ -137,6 +137,8 @@ class Reinforce:
                 raise UnknownNameError("REINFORCE option", name, ReinforceConfig.__dataclass_fields__)
         self.spec, self.preset, self.device = spec, preset, _device(device or spec.device)
         self.config = replace(PRESETS[preset], **options)
+        if policy is not None and policy_file is not None:
+            raise LeLoRAError("policy and policy_file exclude each other: give one of them")
         if policy is None:
             policy = self._network(seed, policy_file, options)
         self.policy = policy.to(self.device)

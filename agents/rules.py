@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from agents.agent import Array, Transition
-from agents.controls import one_hot
 from agents.knapsack import best_choices
-from agents.spec import AgentSpec
+from agents.spec import AgentSpec, one_hot
 from lelora_env.errors import LeLoRAError, UnknownNameError
 
 
@@ -130,19 +129,22 @@ class Sensitivity:
         if not 0 <= decay < 1 or (measure == "adalora" and decay == 0):
             raise LeLoRAError(f"decay must be in [0, 1), and above 0 for adalora (got {decay!r})")
         self.spec, self.measure, self.decay, self.limit = spec, measure, decay, spec.limit(budget)
-        self.mean = self.deviation = np.zeros((0, 0, 0))
-        self.steps = np.zeros(0, dtype=np.int64)
+        shape = (spec.num_lanes, *windows(spec)[:, 0, 0].shape)  # (L, M, K)
+        self.mean, self.deviation = np.zeros(shape), np.zeros(shape)
+        self.steps = np.zeros(spec.num_lanes, dtype=np.int64)
 
     def act(self, observation: Array) -> Array:
-        """The windows of greatest measure: (L, M, F) -> (L, 2M) int64."""
+        """The windows of greatest measure: (L, M, F) -> (L, 2M) int64; one lane alone is read as the first.
+
+        Raises:
+            LeLoRAError: Another number of lanes than the agent was made for.
+        """
         lanes = len(observation)
-        if len(self.steps) != lanes:
-            self.steps = np.zeros(lanes, dtype=np.int64)
-            shape = (lanes, *windows(self.spec)[:, 0, 0].shape)  # (L, M, K)
-            self.mean, self.deviation = np.zeros(shape), np.zeros(shape)
+        if lanes not in (1, len(self.steps)):
+            raise LeLoRAError(f"this agent was made for {len(self.steps)} lanes (got {lanes}): it keeps means of each")
         scores = self.mean * self.deviation if self.measure == "adalora" else self.mean
-        values = window_sums(scores, self.spec)
-        values = np.where(self.steps[:, None, None, None] > 0, values, equal_ranks(self.spec))
+        values = window_sums(scores[:lanes], self.spec)
+        values = np.where(self.steps[:lanes, None, None, None] > 0, values, equal_ranks(self.spec))
         return best_choices(values, self.spec, self.limit)
 
     def probabilities(self, observation: Array) -> Array:
@@ -176,20 +178,20 @@ class Sensitivity:
         if (state.get("agent"), state.get("measure")) != ("sensitivity", self.measure):
             raise LeLoRAError(f"expected the state of a sensitivity agent with measure {self.measure!r} (got one of "
                               f"{state.get('agent')!r} with {state.get('measure')!r})")
-        here, saved = windows(self.spec)[:, 0, 0].shape, tuple(state["mean"].shape[1:])
-        if len(state["steps"]) and saved != here:
-            raise LeLoRAError(f"expected the state of a sensitivity agent over {here} components (got one over "
-                              f"{saved})")
+        here, saved = self.mean.shape, tuple(state["mean"].shape)
+        if saved != here:
+            raise LeLoRAError(f"expected the state of a sensitivity agent over (lanes, matrices, components) = {here} "
+                              f"(got one over {saved})")
         self.steps, self.mean, self.deviation = (state[n].numpy().copy() for n in ("steps", "mean", "deviation"))
 
 
 class Credit:
     """Learns from per-component credit: what each component, chosen or not, would have taken off the reward loss.
 
-    Keeps a running mean of every component's credit and its standard error, over env steps, lanes and runs, and takes
-    in each matrix the window whose sum of lower bounds (mean less `caution` standard errors) is greatest. A component
-    whose credit is noise about 0 has a bound below 0 and stays out. A useless one that trains nonetheless drifts, and
-    earns a little for being pulled back (on the built-in instance a hundredth of what a needed one earns), so it takes
+    Keeps a running mean of every component's credit (mean over lanes) and its standard error, over env steps and runs,
+    and takes in each matrix the window whose sum of lower bounds (mean less `caution` standard errors) is greatest. A
+    component whose credit is noise about 0 has a bound below 0 and stays out. A useless one that trains nonetheless
+    drifts, and earns a little for being pulled back (on the built-in instance a hundredth of a needed one), so it takes
     a `price` to keep ranks small. No exploration is needed: credit tells of the components that were not chosen, too.
     It is first-order credit of one step (see ``EnvConfig.component_info``), so what pays off late is not seen.
     """
@@ -208,7 +210,7 @@ class Credit:
         Raises:
             LeLoRAError: An option out of range.
         """
-        if not (caution >= 0 and price >= 0 and 0 <= decay < 1):
+        if not (0 <= caution < np.inf and 0 <= price < np.inf and 0 <= decay < 1):
             raise LeLoRAError(f"caution and price must be at least 0 and decay in [0, 1) (got {caution!r}, {price!r}, "
                               f"{decay!r})")
         self.spec, self.caution, self.price, self.decay = spec, caution, price, decay
@@ -245,11 +247,11 @@ class Credit:
         usable = np.isfinite(found).all((1, 2)) & found.any((1, 2))  # all 0: a lane that diverged says nothing
         if not usable.any():
             return {}
-        found = found[usable]
-        self.mean = self.decay * self.mean + found.sum(0)
-        self.square = self.decay * self.square + np.square(found).sum(0)
-        self.weight = self.decay * self.weight + len(found)
-        self.weight_square = self.decay**2 * self.weight_square + len(found)
+        found = found[usable].mean(0)  # lanes act alike, so their credit is no independent sample
+        self.mean = self.decay * self.mean + found
+        self.square = self.decay * self.square + np.square(found)
+        self.weight = self.decay * self.weight + 1
+        self.weight_square = self.decay**2 * self.weight_square + 1
         return {"mean_credit": float(found.mean())}
 
     def state_dict(self) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class SB3Agent:
             if model is None:
                 settings = {"seed": seed, **sb3_defaults(algorithm, spec.num_lanes), **options}
                 model = _started_from(policy_file, spec, algorithm, policy, settings)
+            elif policy_file is not None or options:
+                raise LeLoRAError("a model brings its own settings: leave policy_file and other options out beside it")
             else:
                 _check_model(model, spec, train)
                 torch.manual_seed(seed)

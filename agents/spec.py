@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 
 from agents.agent import AnyEnv, Array
+from lelora_env.budget import component_sizes, share_of
 from lelora_env.errors import LeLoRAError, UnknownNameError
 from lelora_env.matrices import MatrixInfo
 
@@ -142,7 +143,7 @@ class AgentSpec:
         """A budget as a number of parameters.
 
         Args:
-            budget: Share of what the largest legal ranks everywhere train, in (0, 1].
+            budget: Share of what the largest ranks everywhere train, in (0, 1], as ``EnvConfig.parameter_budget``.
 
         Raises:
             LeLoRAError: Not such a share, or even the smallest ranks exceed it.
@@ -150,9 +151,7 @@ class AgentSpec:
         sizes = self.sizes()
         if not 0 < budget <= 1:
             raise LeLoRAError(f"budget must be in (0, 1], a share of what the largest ranks train (got {budget!r})")
-        least, most = (int(pick(np.where(self.rank_mask, sizes, other), axis=1).sum())
-                       for pick, other in ((np.min, sizes.max()), (np.max, 0)))
-        limit = int(budget * most + 1e-9)
+        least, limit = int(sizes[:, 0].sum()), share_of(budget, int(sizes[:, -1].sum()))
         if limit < least:
             raise LeLoRAError(f"the budget of {limit} parameters is below what the smallest ranks train, {least}: "
                               "raise budget, or let rank_set begin with 0")
@@ -175,12 +174,20 @@ class AgentSpec:
                                   f"has {here!r}; make the environment with the same options as then")
 
 
+def one_hot(action: Array, spec: AgentSpec) -> Array:
+    """Actions (L, 2M) as probabilities of all choices, (L, M, R, S) float32."""
+    pairs = action.reshape(len(action), spec.num_matrices, 2)
+    result = np.zeros((*pairs.shape[:2], len(spec.rank_set), len(spec.locations)), dtype=np.float32)
+    np.put_along_axis(result.reshape(*pairs.shape[:2], -1),
+                      (pairs[..., :1] * len(spec.locations) + pairs[..., 1:]), 1.0, axis=2)
+    return result
+
+
 def _bank(base: Any) -> tuple[Array | None, Array | None]:
     """What each choice trains: its slots of the bank, and its number of parameters."""
     if not hasattr(base, "table") or not hasattr(base, "matrices"):
         return None, None
-    extra = 1 if base.adapter_config.parametrisation == "usv" else 0
-    sizes = np.array([m.out_features + m.in_features + extra for m in base.matrices], dtype=np.int64)
+    sizes = component_sizes(list(base.matrices), base.adapter_config).numpy()
     return base.table.mask.numpy(), base.table.ranks.numpy() * sizes[:, None]
 
 

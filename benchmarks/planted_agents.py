@@ -67,10 +67,10 @@ def make_agents(env: Any, name: str, options: dict[str, Any], seeds: list[int], 
 
 
 class Still:
-    """An agent that acts and no longer learns; keeps what it saw."""
+    """An agent that acts and no longer learns (a rule still hears what it goes by); keeps what it saw."""
 
-    def __init__(self, agents: SideBySide) -> None:
-        self.agents, self.seen = agents, []  # type: ignore[var-annotated]
+    def __init__(self, agents: SideBySide, hears: bool) -> None:
+        self.agents, self.hears, self.seen = agents, hears, []  # type: ignore[var-annotated]
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """As the agents act."""
@@ -78,8 +78,8 @@ class Still:
         return self.agents.act(observation)
 
     def update(self, transition: Any) -> dict[str, float]:
-        """Learn nothing."""
-        return {}
+        """Learn nothing, or go by what is reported."""
+        return self.agents.update(transition) if self.hears else {}
 
 
 def improvement(env: Any, agent: Any, seeds: list[int]) -> np.ndarray:
@@ -129,7 +129,7 @@ def contest(instance: str, method: str, seeds: list[int], lanes: int, steps: int
         run(env, agents, env_steps=steps, seed=starts)  # type: ignore[arg-type]
     trained = time.monotonic() - started
     new = [start + 500 for start in starts]
-    still = Still(agents)
+    still = Still(agents, hears=method == "sensitivity")
     ours = improvement(env, still, new).reshape(len(seeds), lanes).mean(1)
     best = [(choice.rank, choice.location) for choice in env.unwrapped.task.best_allocation()]
     oracle = improvement(env, FixedAllocation(AgentSpec.from_env(env), allocation=best), new)
@@ -176,11 +176,11 @@ def planned(arguments: argparse.Namespace, done: list[dict[str, Any]]) -> list[t
     seeds = list(range(arguments.seeds))
     size = arguments.together or len(seeds)
     groups = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    have = {(r["instance"], r["method"], tuple(r["seeds"])) for r in done}
+    have = {(r["instance"], r["method"], tuple(r["seeds"]), r["lanes"], r["steps"]) for r in done}
     return [(instance, method, group, arguments.lanes, arguments.steps, arguments.device,
              arguments.options if method in LEARNERS else {})
             for instance in arguments.instances for method in arguments.methods for group in groups
-            if (instance, method, tuple(group)) not in have]
+            if (instance, method, tuple(group), arguments.lanes, arguments.steps) not in have]
 
 
 def parse() -> argparse.Namespace:

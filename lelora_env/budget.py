@@ -25,6 +25,11 @@ def component_sizes(matrices: list[MatrixInfo], config: AdapterConfig) -> Tensor
     return torch.tensor([m.out_features + m.in_features + sigma for m in matrices])
 
 
+def share_of(share: float, total: int) -> int:
+    """A share in (0, 1] of a number of parameters, rounded down (but not for the last bits of a product)."""
+    return int(share * total + 1e-6)
+
+
 @dataclass(frozen=True, eq=False)
 class Budget:
     """What lowering a rank means, for every rank of every matrix. The tensors are int64 unless said.
@@ -57,7 +62,7 @@ def build_budget(share: float, table: ChoiceTable, sizes: Tensor) -> Budget:
     """
     cost = table.ranks * sizes.unsqueeze(1)
     total, least = int(cost[:, -1].sum()), int(cost[:, 0].sum())
-    limit = int(share * total + 1e-6)
+    limit = share_of(share, total)
     if least > limit:
         raise LeLoRAError(f"parameter_budget={share} allows {limit} of {total} parameters, but the smallest ranks "
                           f"train {least}: raise it above {least / total:.3g}, or give rank_set a smaller rank, such "

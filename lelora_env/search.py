@@ -70,6 +70,9 @@ class SearchSettings:
             raise LeLoRAError(f"seed must be an integer of at least 0 (got {self.seed})")
         if "budget" in self.agent_options:
             raise LeLoRAError("the agent's budget is that of the search: use --budget")
+        if self.agent in ("sensitivity", "adalora"):
+            raise LeLoRAError(f"{self.agent} begins anew with every run, so there is nothing to search with it: use it "
+                              "in `lelora train`, where it allots within the run")
         for name in ("horizon", "steps_per_action", "common_random_numbers", "parameter_budget"):
             if name in self.options:
                 raise LeLoRAError(f"{name} is what a search sets itself: use --steps and --budget")

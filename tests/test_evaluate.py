@@ -63,10 +63,10 @@ def test_the_score_is_the_mean_over_instances_of_means() -> None:
     assert found.score == pytest.approx(np.mean(by_hand))
 
 
-def test_agents_that_need_more_of_the_environment_get_it_and_learn_only_if_asked() -> None:
-    still, learning = evaluate("credit", [NAME], lanes=2), evaluate("credit", [NAME], lanes=2, learn=True)
-    assert still.score == pytest.approx(0, abs=0.05)  # knows nothing, and takes uniform rank
-    assert learning.score > still.score + 0.3
+def test_agents_that_go_by_what_is_reported_hear_it_unless_told_otherwise() -> None:
+    deaf, hearing = evaluate("credit", [NAME], lanes=2, learn=False), evaluate("credit", [NAME], lanes=2)
+    assert deaf.score == pytest.approx(0, abs=0.05)  # knows nothing, and takes uniform rank
+    assert hearing.score > deaf.score + 0.3
 
 
 def test_standing_still_hands_on_all_but_learning() -> None:

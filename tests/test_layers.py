@@ -105,7 +105,7 @@ def test_every_layer_exists() -> None:
 
 
 def test_agents_use_the_environment_through_its_interface_only() -> None:
-    allowed = {"lelora_env", "lelora_env.errors", "lelora_env.config", "lelora_env.matrices", "lelora_env.capture"}
+    allowed = {"lelora_env", *(f"lelora_env.{name}" for name in ("errors", "config", "matrices", "capture", "budget"))}
     for path in sorted((ROOT / "agents").glob("*.py")):
         used = {name for name, _ in imports(path) if name.partition(".")[0] == "lelora_env"}
         assert used <= allowed, f"{path.name} reaches into {used - allowed}"

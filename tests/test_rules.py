@@ -185,15 +185,15 @@ def test_windows_of_positive_credit_are_taken_and_useless_ones_left() -> None:
 
 
 def test_the_bound_is_mean_less_standard_errors_and_price() -> None:
-    """With no decay to speak of: the textbook mean and standard error over all lanes and steps."""
+    """With no decay to speak of: the textbook mean and standard error over steps, of the mean over lanes."""
     rng, spec = np.random.default_rng(1), _spec()
     agent = Credit(spec, caution=2.0, price=0.05, decay=1 - 1e-12)
     samples = []
     for _ in range(7):
         samples.append(_credit(rng, 2, {0: slice(0, 8)}))
         agent.update(_transition({"component_credit": samples[-1]}, 2, 3))
-    every = np.concatenate(samples)  # (14, M, K)
-    bound = every.mean(0) - 2 * every.std(0, ddof=1) / np.sqrt(14) - 0.05
+    every = np.stack(samples).mean(1)  # (7, M, K)
+    bound = every.mean(0) - 2 * every.std(0, ddof=1) / np.sqrt(7) - 0.05
     assert spec.component_mask is not None
     for matrix, rank, place in np.ndindex(3, 4, 3):
         expected = bound[matrix][spec.component_mask[matrix, rank, place]].sum()
@@ -280,7 +280,7 @@ def test_states_of_other_sizes_are_refused(name: str) -> None:
     agent = make_agent(name, ToyVectorEnv(2, num_matrices=3))
     agent.act(_seen(2, 3))
     agent.update(_transition({key: np.ones((2, 3, SLOTS))}, 2, 3))
-    with pytest.raises(LeLoRAError, match=r"expected the state of a.*\(4, 24\) components"):
+    with pytest.raises(LeLoRAError, match=r"expected the state of a.*4, 24\)"):
         make_agent(name, ToyVectorEnv(2, num_matrices=4)).load_state_dict(agent.state_dict())
 
 
@@ -306,3 +306,26 @@ def test_credit_finds_the_planted_allocation_within_a_run() -> None:
     right = [pairs[m].tolist() == [3, locations.index(choices[m].location)] for m in planted]
     assert np.mean(right) > 0.9
     assert [pairs[m, 0] for m in range(len(choices)) if m not in planted] == [0] * (len(choices) - len(planted))
+
+
+def test_asking_for_one_lane_leaves_the_means_of_all() -> None:
+    agent = make_agent("sensitivity", ToyVectorEnv(2, num_matrices=3, horizons=50))
+    rng = np.random.default_rng(0)
+    agent.update(_transition({"component_sensitivity": rng.random((2, 3, SLOTS))}, 2, 3))
+    before = agent.act(_seen(2, 3))
+    assert agent.probabilities(_seen(1, 3)).shape[0] == 1
+    np.testing.assert_array_equal(agent.act(_seen(2, 3)), before)
+    with pytest.raises(LeLoRAError, match="made for 2 lanes"):
+        agent.act(_seen(3, 3))
+
+
+def test_lanes_that_say_the_same_are_not_counted_as_evidence() -> None:
+    """Eight lanes with the same credit give the bound of one lane, not one that is tighter by the root of 8."""
+    rng, bounds = np.random.default_rng(0), []
+    draws = rng.normal(1.0, 1.0, size=(10, 3, SLOTS))
+    for lanes in (1, 8):
+        agent = Credit(_spec())
+        for one in draws:
+            agent.update(_transition({"component_credit": np.repeat(one[None], lanes, axis=0)}, lanes, 3))
+        bounds.append(agent.values())
+    np.testing.assert_allclose(bounds[0], bounds[1])
