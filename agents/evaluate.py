@@ -66,7 +66,7 @@ class StandingStill:
         self.agent.load_state_dict(state)
 
 
-def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *, learn: bool | None = None,
+def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: str | Sequence[str], *, learn: bool | None = None,
              lanes: int = LANES, device: str | None = None, **options: Any) -> Evaluation:
     """Let an agent fine-tune named instances and score it.
 
@@ -78,7 +78,7 @@ def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *
     Args:
         agent: A name of `make_agent`, or a function that makes an agent for an environment, such as
             ``lambda env: make_agent("reinforce", env, policy_file="policy.safetensors")``.
-        instances: Names of instances, see ``lelora_env.instances.list_instances``.
+        instances: Name or names of instances, see ``lelora_env.instances.list_instances``.
         learn: Whether the agent hears of the episode. ``None`` = only those agents by name that do nothing without
             hearing what the environment reports (``agents.REQUIRED``).
         lanes: L, episodes for each instance.
@@ -89,6 +89,7 @@ def evaluate(agent: str | Callable[[AnyEnv], Agent], instances: Sequence[str], *
         LeLoRAError: No instances.
         UnknownNameError: No such agent, or an instance that there is no reference result for.
     """
+    instances = [instances] if isinstance(instances, str) else list(instances)
     if not instances:
         raise LeLoRAError("evaluate needs at least one instance; lelora_env.instances.list_instances() names them")
     known = {name: reference(name) for name in instances}

@@ -56,7 +56,9 @@ def load_policy(path: str | Path, spec: AgentSpec) -> PerMatrixPolicy:
     header, weights = _read(Path(path))
     here = _made_for(spec)
     made, settings = _part(path, header, "made_for", here), _part(path, header, "network", _NETWORK)
-    for name in ("rank_set", "locations", "scaled", "spectrum_points"):
+    reads = [] if settings["columns"] is None else list(settings["columns"])
+    spectrum = ["spectrum_points"] if any(str(name).startswith("sv_") for name in reads) else []
+    for name in ("rank_set", "locations", "scaled", *spectrum):
         if made[name] != here[name]:
             raise LeLoRAError(f"{path} holds a policy for {name} = {made[name]!r}, the environment has {here[name]!r}: "
                               "make the environment with the same rank_set, locations and observation options")
@@ -192,6 +194,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(new)
+        new.chmod(0o644)  # safetensors makes files that only their owner may read
         new.replace(path)
     except (OSError, SafetensorError) as error:
         raise LeLoRAError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Choose a folder that "

@@ -306,5 +306,6 @@ def component_info(transition: Transition, name: str) -> Array:
     """
     key = f"component_{name}"
     if key not in transition.info:
-        raise LeLoRAError(f"this agent learns from info[{key!r}]: make the environment with component_info={name!r}")
+        raise LeLoRAError(f"this agent learns from info[{key!r}]: make a LeLoRA-v0 environment with "
+                          f"component_info={name!r}")
     return np.asarray(transition.info[key], dtype=np.float64)

@@ -38,14 +38,16 @@ PER_MATRIX = "per_matrix"
 """Name of the policy `agents.sb3_policy.PerMatrixActorCriticPolicy`, the default."""
 
 
-def sb3_defaults(name: str, num_lanes: int) -> dict[str, Any]:
-    """Settings in which we differ from SB3's defaults, for an algorithm on L lanes.
+def sb3_defaults(name: str, num_lanes: int, horizon: int | None = None) -> dict[str, Any]:
+    """Settings in which we differ from SB3's defaults, for an algorithm on L lanes of episodes of a horizon.
 
     γ = 0, because the reward of an allocation arrives in the same env step (as in the paper);
     the CPU, because the policy is small. PPO: learning rate 1e-3 instead of 3e-4, and rollouts of
     about 128 transitions in four minibatches instead of 2,048, because an episode is one
-    fine-tuning run of a few hundred env steps. A2C: as long rollouts (SB3: 5 env steps), advantages
-    normalised, because the reward's scale is the task's, and learning rate 3e-3 instead of 7e-4.
+    fine-tuning run of a few hundred env steps (and an eighth of an episode where two such rollouts
+    would not fit into it: within one run it has to learn several times). A2C: as long rollouts (SB3:
+    5 env steps), advantages normalised, because the reward's scale is the task's, and learning rate
+    3e-3 instead of 7e-4.
     Both: ``ent_coef`` 0.05, as our REINFORCE; without it a price on rank drives every rank to 0
     before a location is found.
 
@@ -59,7 +61,9 @@ def sb3_defaults(name: str, num_lanes: int) -> dict[str, Any]:
     if name not in ALGORITHMS:
         raise UnknownNameError("SB3 algorithm", name, ALGORITHMS)
     steps = 4 * max(1, 32 // num_lanes)
-    own = {"ppo": {"learning_rate": 1e-3, "n_steps": steps, "batch_size": steps * num_lanes // 4},
+    if horizon is not None and 8 <= horizon < 2 * steps:
+        steps = max(4, horizon // 8)
+    own = {"ppo": {"learning_rate": 1e-3, "n_steps": steps, "batch_size": max(2, steps * num_lanes // 4)},
            "a2c": {"learning_rate": 3e-3, "n_steps": steps, "normalize_advantage": True}}
     return {"gamma": 0.0, "ent_coef": 0.05, "device": "cpu", **own[name]}
 
@@ -83,9 +87,9 @@ def make_sb3(name: str, env: AnyEnv, *, policy: Any = PER_MATRIX, known_baseline
         UnknownNameError: No such algorithm.
         LeLoRAError: A vector environment with another autoreset mode.
     """
-    lanes = env.num_envs if isinstance(env, VectorEnv) else 1
-    settings = {**sb3_defaults(name, lanes), **options}
-    policy, settings = with_policy(policy, AgentSpec.from_env(env), settings)
+    spec = AgentSpec.from_env(env)
+    settings = {**sb3_defaults(name, spec.num_lanes, spec.horizon), **options}
+    policy, settings = with_policy(policy, spec, settings)
     adapted: Any = VecMonitor(SB3VecEnv(env)) if isinstance(env, VectorEnv) else Monitor(env)
     if known_baseline and settings["gamma"] == 0:
         adapted = VecKnownBaseline(adapted) if isinstance(env, VectorEnv) else KnownBaseline(adapted)

@@ -63,7 +63,7 @@ class SB3Agent:
         self._generators = _global_generators()
         with self._own_generators():
             if model is None:
-                settings = {"seed": seed, **sb3_defaults(algorithm, spec.num_lanes), **options}
+                settings = {"seed": seed, **sb3_defaults(algorithm, spec.num_lanes, spec.horizon), **options}
                 model = _started_from(policy_file, spec, algorithm, policy, settings)
             elif policy_file is not None or options:
                 raise LeLoRAError("a model brings its own settings: leave policy_file and other options out beside it")
@@ -195,6 +195,10 @@ class SB3Agent:
             raise LeLoRAError(f"expected the state of a {kind} agent on {self.spec.num_lanes} lanes (got one of "
                               f"{state.get('agent')!r} on {len(state.get('episode_starts', []))})")
         self.spec.check_fingerprint(state["spec"])
+        steps = len(state["rollout"]["rewards"])
+        if steps > self.model.rollout_buffer.buffer_size:
+            raise LeLoRAError(f"the saved rollout has {steps} env steps, this agent's n_steps is "
+                              f"{self.model.rollout_buffer.buffer_size}: build it with the n_steps of then")
         try:
             self.model.set_parameters(copy.deepcopy(state["parameters"]))
         except (RuntimeError, ValueError) as error:

@@ -34,6 +34,7 @@ class AgentSpec:
         component_mask: The bank slots that each choice trains, (M, R, S, K) bool; ``None`` where there is no bank.
         choice_sizes: Parameters that each rank trains, (M, R) int64, heads not counted; ``None`` where not known.
         matrices: What is known of each matrix: name, type, layer, shape; empty where nothing is.
+        horizon: Env steps in an episode; ``None`` where the environment does not say.
     """
 
     feature_names: tuple[str, ...]
@@ -49,6 +50,7 @@ class AgentSpec:
     component_mask: Array | None = field(default=None, repr=False)
     choice_sizes: Array | None = field(default=None, repr=False)
     matrices: tuple[MatrixInfo, ...] = field(default=(), repr=False)
+    horizon: int | None = None
 
     @classmethod
     def from_env(cls, env: AnyEnv) -> "AgentSpec":
@@ -80,7 +82,7 @@ class AgentSpec:
                    masks[:, num_ranks:], ranges,
                    env.num_envs if isinstance(env, VectorEnv) else int(getattr(env, "num_lanes", 1)),
                    observation_space, action_space, str(getattr(base, "device", "cpu")), *_bank(base),
-                   tuple(getattr(base, "matrices", ())))
+                   tuple(getattr(base, "matrices", ())), getattr(base, "horizon", None))
 
     @property
     def num_matrices(self) -> int:
@@ -151,10 +153,11 @@ class AgentSpec:
         sizes = self.sizes()
         if not 0 < budget <= 1:
             raise LeLoRAError(f"budget must be in (0, 1], a share of what the largest ranks train (got {budget!r})")
-        least, limit = int(sizes[:, 0].sum()), share_of(budget, int(sizes[:, -1].sum()))
+        least = max(int(sizes[:, 0].sum()), int(sizes[sizes > 0].min()))
+        limit = share_of(budget, int(sizes[:, -1].sum()))
         if limit < least:
-            raise LeLoRAError(f"the budget of {limit} parameters is below what the smallest ranks train, {least}: "
-                              "raise budget, or let rank_set begin with 0")
+            raise LeLoRAError(f"the budget of {limit} parameters is below the least that can train, {least}: raise "
+                              "budget, or give rank_set a smaller rank")
         return limit
 
     def fingerprint(self) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Allocations on real runs: search them, learn a policy for other models, and score frozen allocations from new seeds.
 
-Three steps, each a sub-command; FOLDER collects what they leave (allocations and one policy):
+Four steps, each a sub-command; FOLDER collects what they leave (allocations and one policy):
 
     python -m benchmarks.real_allocations policy --out FOLDER
-        PPO on the surrogates of two tasks (sst2 and agnews, all linear layers) leaves policy.safetensors; the additive
-        model, on the same, leaves policy-additive.json. CPU, minutes.
+        PPO on the surrogates of two tasks (sst2 and agnews, all linear layers) leaves policy.safetensors and
+        surrogate-ppo.json; the additive model, on the same, leaves surrogate-additive.json. CPU, minutes.
     python -m benchmarks.real_allocations search --data DATA --out FOLDER
         Agents side by side on real runs of SST-2, 16 lanes each: one allocation an agent. GPU.
+    python -m benchmarks.real_allocations predict --task sst2 --allocations FOLDER --out FILE
+        Beside the losses that `score` left in FILE, what the surrogate says of the same allocations.
     python -m benchmarks.real_allocations score --data DATA --task mrpc --model minilm --allocations FOLDER --out FILE
         Fine-tunes with every allocation of FOLDER, with the policy's, with uniform rank at as many parameters and with
         random ones, from `--seeds` new seeds each and on other held-out rows. GPU.
@@ -22,6 +24,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from scipy.stats import spearmanr
 
 import lelora_env  # noqa: F401 - registers the environments
 from agents import AgentSpec, make_agent, run
@@ -141,11 +144,24 @@ def score(arguments: argparse.Namespace) -> None:
     write_atomically(arguments.out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
+def predict(arguments: argparse.Namespace) -> None:
+    """Print predicted and measured losses of the allocations that were scored, and their rank correlation."""
+    env = make_surrogate(arguments.task, "all-linear", 1, BUDGET)
+    named = candidates(env, arguments.allocations, 1)
+    lines = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+    rows = [(line["allocation"], float(env.unwrapped.predict(named[line["allocation"]][0])[0]), np.mean(line["loss"]))
+            for line in lines if line["allocation"] in named and line["allocation"] not in ("random", "policy")]
+    for name, predicted, measured in rows:
+        print(f"{name}: predicted {predicted:.4f}, measured {measured:.4f}")
+    found = spearmanr([row[1] for row in rows], [row[2] for row in rows])
+    print(f"rank correlation {found.statistic:.2f} over {len(rows)} allocations (p = {found.pvalue:.3f})")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("policy", learn_policy), ("search", search), ("score", score)):
+    for name, function in (("policy", learn_policy), ("search", search), ("score", score), ("predict", predict)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--out", type=Path, required=True)

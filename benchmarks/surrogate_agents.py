@@ -115,7 +115,8 @@ def main() -> None:
                                 "runs": rounds * arguments.lanes, "seconds": time.monotonic() - started})
                 cells.append(f"{np.mean(scores):.2f} ± {np.std(scores):.2f}")
             print(f"| {label} | {' | '.join(cells)} |", flush=True)
-    whole = {"about": environment_facts(), "settings": {k: str(v) for k, v in vars(arguments).items()},
+    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
+    whole = {"about": environment_facts(), "settings": settings,
              "records": records}
     write_atomically(arguments.out, lambda path: path.write_text(json.dumps(whole) + "\n", encoding="utf-8"))
 

@@ -58,15 +58,15 @@ def build_budget(share: float, table: ChoiceTable, sizes: Tensor) -> Budget:
         sizes: (M,) numbers that one component of each matrix trains.
 
     Raises:
-        LeLoRAError: Even the smallest ranks exceed it.
+        LeLoRAError: Even the smallest ranks exceed it, or nothing could train under it.
     """
     cost = table.ranks * sizes.unsqueeze(1)
-    total, least = int(cost[:, -1].sum()), int(cost[:, 0].sum())
+    total, least = int(cost[:, -1].sum()), max(int(cost[:, 0].sum()), int(cost[cost > 0].min()))
     limit = share_of(share, total)
     if least > limit:
-        raise LeLoRAError(f"parameter_budget={share} allows {limit} of {total} parameters, but the smallest ranks "
-                          f"train {least}: raise it above {least / total:.3g}, or give rank_set a smaller rank, such "
-                          "as 0.")
+        raise LeLoRAError(f"parameter_budget={share} allows {limit} of {total} parameters, but the least that can "
+                          f"train is {least}: raise it to {least / total:.3g} or more, or give rank_set a smaller "
+                          "rank.")
     lower = _next_smaller(table.ranks.numpy(), table.legal)
     index = torch.arange(cost.shape[1])
     on_the_way = (index == index.unsqueeze(1)) | (index <= lower.unsqueeze(2))  # (M, from, by way of)

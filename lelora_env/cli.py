@@ -222,6 +222,7 @@ def train(
         from lelora_env.training import TrainSettings
 
         chosen_model, chosen_task = _model_and_task(model, task)
+        _check_policy(policy, agent)
         controls = tuple(name for name in control or ["fixed", "random"] if name != "none")
         _train(TrainSettings(
             model=chosen_model, task=chosen_task, agent=agent, controls=controls, seed=seed, out=out,
@@ -261,7 +262,7 @@ def search(
         result = run_search(settings, lambda number, loss: typer.echo(f"round {number}/{rounds}: mean loss {loss:.4f}"))
         typer.echo(f"{result.path}: {result.trained_parameters:,} trained parameters; the search cost {result.runs} "
                    f"runs ({result.optimiser_steps:,} optimiser steps, {result.seconds:.0f} s).\nTrain with it: lelora "
-                   f"train --agent fixed --agent-set allocation={result.path} --target-modules all-linear ...")
+                   f"train {result.train_with}")
 
 
 @app.command()
@@ -342,6 +343,15 @@ def _model_and_task(model: str | None, task: str | None) -> tuple[str, str]:
     if model is None:
         model = "built-in" if task == "planted" else "minilm"
     return model, task
+
+
+def _check_policy(policy: Path | None, agent: str) -> None:
+    """Refuse a policy file beside an agent that has no policy."""
+    from agents import AGENT_NAMES, option_names
+
+    takers = [name for name in AGENT_NAMES if "policy_file" in option_names(name)]
+    if policy is not None and agent not in takers:
+        raise LeLoRAError(f"--policy goes with the agents {', '.join(takers)}; {agent!r} has no policy to start from")
 
 
 def _train(settings: Any) -> None:

@@ -134,7 +134,7 @@ class _Style:
         rows = len(self.order)
         axes.pcolormesh(edges + 0.5, np.arange(rows + 1), image, edgecolors="none", rasterized=True)
         axes.set_ylim(rows, 0)
-        axes.set_xlim(0.5, len(trace.ranks) + 0.5)
+        axes.set_xlim(0, len(trace.ranks) + 0.5)  # as the curves beneath, which begin before the first step
         for _, first, _ in self.bands[1:] if not _uniform(trace) else ():
             axes.axhline(first, color="white", linewidth=2.5)
         for side in axes.spines.values():

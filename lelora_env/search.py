@@ -89,6 +89,7 @@ class SearchResult:
 
     Attributes:
         path: The allocation file.
+        train_with: Options of ``lelora train`` that train with it as the search did.
         losses: (rounds, L) loss on the reward rows at the end of every run, NaN where it diverged.
         trained_parameters: Of the allocation.
         runs: Fine-tuning runs made.
@@ -97,6 +98,7 @@ class SearchResult:
     """
 
     path: Path
+    train_with: str
     losses: np.ndarray
     trained_parameters: int
     runs: int
@@ -109,7 +111,7 @@ def search(settings: SearchSettings, observer: RoundObserver | None = None) -> S
 
     Raises:
         LeLoRAError: Bad input, before anything is run; or a folder that cannot be written to.
-        KeyboardInterrupt: Ctrl-C; rounds.jsonl has what was reached.
+        KeyboardInterrupt: Ctrl-C; the files then hold what the rounds that were done have taught.
     """
     from agents import AgentSpec, run
     from agents.files import final_allocation, save_allocation
@@ -130,29 +132,50 @@ def search(settings: SearchSettings, observer: RoundObserver | None = None) -> S
         if observer is not None:
             observer(step, float(losses[-1].mean()))
 
+    interrupted = False
     try:
-        run(env, agent, episodes=settings.rounds, seed=settings.seed, on_step=on_step)
+        try:
+            run(env, agent, episodes=settings.rounds, seed=settings.seed, on_step=on_step)
+        except KeyboardInterrupt:
+            if not losses:
+                raise
+            interrupted = True
         first, _ = env.reset(seed=settings.seed)
     finally:
         env.close()
     spec, base = AgentSpec.from_env(env), env.unwrapped
     action = final_allocation(agent, first, spec, settings.budget)
-    runs = settings.rounds * settings.lanes
+    runs = len(losses) * settings.lanes
     seconds = round(time.monotonic() - started, 1)
     cost = {"runs": runs, "optimiser_steps": runs * settings.steps, "seconds": seconds,
             "first_round_loss": _mean(losses[0]), "last_round_loss": _mean(losses[-1])}
     told = {name: value for name, value in asdict(settings).items() if name not in ("out", "options")}
     save_allocation(spec, action, settings.out / "allocation.json", {
-        "budget": settings.budget, "search": {**told, **cost}, "about": environment_facts(),
+        "budget": settings.budget, "interrupted": interrupted, "search": {**told, **cost}, "about": environment_facts(),
         "options": _plain(as_options(base.adapter_config, base.env_config))})
+    if interrupted:
+        raise KeyboardInterrupt
     trained = int(spec.sizes()[np.arange(spec.num_matrices), action.reshape(-1, 2)[:, 0]].sum())
-    return SearchResult(path=settings.out / "allocation.json", losses=np.stack(losses), trained_parameters=trained,
-                        runs=runs, optimiser_steps=runs * settings.steps, seconds=seconds)
+    return SearchResult(path=settings.out / "allocation.json", train_with=_train_options(settings, base),
+                        losses=np.stack(losses), trained_parameters=trained, runs=runs,
+                        optimiser_steps=runs * settings.steps, seconds=seconds)
 
 
 def _mean(losses: np.ndarray) -> float | None:
     """Mean loss of a round; ``None`` where a lane has diverged, as JSON has no other word for it."""
     return float(losses.mean()) if np.isfinite(losses).all() else None
+
+
+def _train_options(settings: SearchSettings, base: Any) -> str:
+    """The options of ``lelora train`` under which an allocation means what it meant in the search."""
+    adapter, config = base.adapter_config, base.env_config
+    modules = adapter.target_modules
+    modules = modules if isinstance(modules, str) else ",".join(modules)
+    places = ",".join(place if isinstance(place, str) else f"{place:g}" for place in adapter.locations)
+    task = f"--model {settings.model} --task {settings.task} " if settings.model != BUILT_IN else "--model built-in "
+    return (f"{task}--agent fixed --agent-set allocation={settings.out / 'allocation.json'} --target-modules {modules} "
+            f"--rank-set {','.join(map(str, adapter.rank_set))} --learning-rate {config.learning_rate:g} --set "
+            f"parametrisation={adapter.parametrisation} --set locations={places}")
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -311,7 +311,7 @@ class SurrogateVectorEnv(SyntheticVectorEnv):
                          max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode, render_mode=render_mode)
         matrix, rank, location = np.indices(self.model.effects.shape)
         trains = self.model.choices.ranks[..., None] > 0
-        self._keys = np.where(trains, mixed(matrix, rank, location), np.uint64(0))  # rank 0 is the same anywhere
+        self._keys = np.where(trains, mixed(matrix, rank, location), mixed(matrix, 0, 0))  # rank 0: the same anywhere
 
     def start_losses(self, starting: np.ndarray) -> np.ndarray:
         """The mean loss before a run; it does not vary."""

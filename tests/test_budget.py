@@ -89,7 +89,9 @@ def test_worked_example() -> None:
     assert go(0.5, 1, 2) == [1, 1]  # 100 > 60
     assert go(0.5, 2, 2) == [1, 1]  # whichever 4 comes first, one lowering does not do
     assert go(1 / 3, 0, 2) == [0, 1]  # 80 > 40
-    assert go(0.1, 2, 0) == [0, 0]  # 40 > 12, and so are 20
+    assert go(0.2, 0, 1) == [0, 0]  # 40 > 24
+    with pytest.raises(LeLoRAError, match=r"the least that can train is 20: raise it to 0\.167"):
+        go(0.1, 2, 0)
 
 
 def test_clipped_ranks_go_down_to_a_smaller_number_of_components() -> None:
@@ -135,10 +137,11 @@ def test_keys_differ_in_every_part() -> None:
 
 
 def test_a_budget_that_the_smallest_ranks_exceed_is_refused() -> None:
-    with pytest.raises(LeLoRAError, match=r"parameter_budget=0.2 allows .* smallest ranks train .* above 0.5, or give"):
+    with pytest.raises(LeLoRAError, match=r"parameter_budget=0.2 allows .* least that can train .* to 0.5 or more, or"):
         LeLoRAEnv(rank_set=(4, 8), parameter_budget=0.2)
     LeLoRAEnv(rank_set=(4, 8), parameter_budget=0.5)
-    LeLoRAEnv(rank_set=(0, 8), parameter_budget=1e-9)
+    with pytest.raises(LeLoRAError, match="least that can train is 512"):  # rank 8 in the smallest matrix
+        LeLoRAEnv(rank_set=(0, 8), parameter_budget=1e-9)
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -0.1, True, "half", float("nan")])

@@ -112,7 +112,7 @@ def test_unknown_agents_and_stray_options_are_refused() -> None:
         evaluate("reinforce", [NAME], lerning_rate=1)
     with pytest.raises(LeLoRAError, match=r"options \(rank\) are for agents given by name"):
         evaluate(_oracle, [NAME], rank=2)
-    with pytest.raises(LeLoRAError, match="make the environment with component_info"):
+    with pytest.raises(LeLoRAError, match="make a LeLoRA-v0 environment with component_info"):
         evaluate(lambda env: make_agent("credit", env), [NAME], learn=True, lanes=1)
 
 

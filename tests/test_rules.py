@@ -237,7 +237,7 @@ def test_one_lane_one_matrix_and_equal_credit() -> None:
 def test_an_environment_that_does_not_report_is_a_clear_error(name: str) -> None:
     env = ToyVectorEnv(2)
     wanted = required_options(name)["component_info"][0]
-    with pytest.raises(LeLoRAError, match=f"make the environment with component_info='{wanted}'"):
+    with pytest.raises(LeLoRAError, match=f"make a LeLoRA-v0 environment with component_info='{wanted}'"):
         run(env, make_agent(name, env), env_steps=1, seed=0)
 
 
@@ -309,7 +309,7 @@ def test_credit_finds_the_planted_allocation_within_a_run() -> None:
 
 
 def test_asking_for_one_lane_leaves_the_means_of_all() -> None:
-    agent = make_agent("sensitivity", ToyVectorEnv(2, num_matrices=3, horizons=50))
+    agent: Any = make_agent("sensitivity", ToyVectorEnv(2, num_matrices=3, horizons=50))
     rng = np.random.default_rng(0)
     agent.update(_transition({"component_sensitivity": rng.random((2, 3, SLOTS))}, 2, 3))
     before = agent.act(_seen(2, 3))

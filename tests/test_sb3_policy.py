@@ -359,3 +359,16 @@ def test_trpo_moves_the_actor_and_the_critic() -> None:
     moved = {n.split(".")[0] for n, p in model.policy.state_dict().items() if not torch.equal(before[n], p)}
     assert moved == {"action_net", "value_net"}
     assert 0 < model.logger.name_to_value["train/kl_divergence_loss"] <= 0.015
+
+
+def test_within_one_short_run_it_learns_several_times() -> None:
+    """One lane of 100 env steps: a rollout of 128 would never be full."""
+    assert sb3_defaults("ppo", 1)["n_steps"] == sb3_defaults("ppo", 1, 1)["n_steps"] == 128
+    assert sb3_defaults("ppo", 1, 100)["n_steps"] == sb3_defaults("a2c", 1, 100)["n_steps"] == 12
+    assert sb3_defaults("ppo", 8, 40)["n_steps"] == 16
+    env: Any = ToyVectorEnv(1, horizons=100)
+    agent: Any = make_agent("ppo", env, seed=0)
+    before = [p.detach().clone() for p in agent.network.parameters()]
+    run(env, agent, episodes=1, seed=0)
+    assert agent.model._n_updates > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, agent.network.parameters(), strict=True))

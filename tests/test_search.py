@@ -122,7 +122,7 @@ def test_a_search_finds_what_is_planted(tmp_path: Path) -> None:
     (("--set", "horizon=3"), "use --steps and --budget"),
     (("--set", "parameter_budget=0.3"), "use --steps and --budget"),
     (("--set", "hoizon=3"), "unknown setting"),
-    (("--set", "rank_set=2,4", "--budget", 0.2), "smallest ranks"),
+    (("--set", "rank_set=2,4", "--budget", 0.2), "least that can train"),
     (("--set", "reward_size=0"), "reward_size"),
     (("--task", "plantd"), "unknown task"),
 ])
@@ -188,7 +188,7 @@ def test_a_policy_goes_from_one_run_to_the_next_also_to_a_deeper_model(tmp_path:
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--policy", "none.safetensors"), "there is no policy file none.safetensors"),
     (("--policy", __file__), "is not a policy file, or damaged"),
-    (("--policy", __file__, "--agent", "fixed"), "unknown option of agent 'fixed' 'policy_file'"),
+    (("--policy", __file__, "--agent", "fixed"), "--policy goes with the agents reinforce, ppo, a2c; 'fixed' has no"),
     (("--agent", "fixed", "--agent-set", "allocation=none.json"), "there is no allocation file none.json"),
 ])
 def test_wrong_files_are_one_line_and_leave_nothing(tmp_path: Path, arguments: tuple[object, ...],
@@ -206,3 +206,30 @@ def test_a_policy_for_other_ranks_is_refused(tmp_path: Path) -> None:
                     "--policy", tmp_path / "one" / "policy.safetensors")
     assert result.exit_code == 2
     assert "rank_set = [0, 2, 4, 8], the environment has [0, 2, 8]" in result.output
+
+
+def test_an_interrupted_search_leaves_what_it_has_learnt(tmp_path: Path) -> None:
+    def stop(number: int, loss: float) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(_settings(tmp_path / "cut", rounds=9), stop)
+    held = json.loads((tmp_path / "cut" / "allocation.json").read_text())
+    assert held["interrupted"] is True
+    assert held["search"]["runs"] == 8  # two rounds of four
+    assert len(_rounds(tmp_path / "cut")) == 2
+    whole = search(_settings(tmp_path / "whole", rounds=2))
+    assert json.loads(whole.path.read_text())["interrupted"] is False
+    assert held["matrices"] == json.loads(whole.path.read_text())["matrices"]
+
+
+def test_the_hint_trains_as_the_search_did(tmp_path: Path) -> None:
+    result = search(_settings(tmp_path / "found", options={"parametrisation": "sqrt", "learning_rate": 0.004}))
+    out = tmp_path / "run"
+    trained = lelora("train", *result.train_with.split(), "--out", out, "--steps", 2, "--control", "none")
+    assert trained.exit_code == 0, trained.output
+    config = RunRecord(out).config
+    assert (config["parametrisation"], config["learning_rate"]) == ("sqrt", 0.004)
+    assert RunRecord(out).lanes[0].ranks[0].tolist() == [
+        row["rank"] for row in json.loads(result.path.read_text())["matrices"]]
