@@ -137,7 +137,7 @@ def contest(instance: str, method: str, seeds: list[int], lanes: int, steps: int
                               "options": {**own, **(options or {})}, "oracle": float(oracle.mean()),
                               "share": (ours / oracle.reshape(len(seeds), lanes).mean(1)).tolist(),
                               "seconds": trained}
-    if all(hasattr(agent, "probabilities") for agent in agents.agents):
+    if not still.hears and all(hasattr(agent, "probabilities") for agent in agents.agents):
         seen = np.stack(still.seen)  # (T, L, M, F)
         found = np.stack([np.mean([agent.probabilities(part) for part in seen[:, agents.lanes(i)]], axis=(0, 1))
                           for i, agent in enumerate(agents.agents)])  # (N, M, R, S)

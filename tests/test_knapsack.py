@@ -130,7 +130,7 @@ def test_a_budget_is_a_share(budget: float) -> None:
 def test_a_budget_below_the_smallest_ranks_is_refused() -> None:
     spec = _spec(2, ranks=(2, 4, 6, 8))
     assert spec.limit(0.25) == 40
-    with pytest.raises(LeLoRAError, match="below what the smallest ranks train, 40"):
+    with pytest.raises(LeLoRAError, match="below the least that can train, 40"):
         spec.limit(0.24)
 
 
