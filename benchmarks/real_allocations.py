@@ -49,8 +49,8 @@ def make_env(arguments: argparse.Namespace, lanes: int, **options: Any) -> Any:
     task = {"name": name, "data": str(Path(arguments.data) / folder), "eval_rows": arguments.eval_rows, **task_options}
     return gym.make_vec(
         "LeLoRA-v0", num_envs=lanes, vectorization_mode="vector_entry_point", autoreset_mode="Disabled",
-        model=arguments.model, task=task, target_modules="all-linear", horizon=1, steps_per_action=arguments.steps,
-        reward_size=arguments.reward_size, learning_rate=5e-4, dtype=arguments.dtype,
+        model=arguments.model, task=task, target_modules=arguments.placement, horizon=1,
+        steps_per_action=arguments.steps, reward_size=arguments.reward_size, learning_rate=5e-4, dtype=arguments.dtype,
         parameter_budget=BUDGET, **OPTIONS, **options)
 
 
@@ -133,7 +133,8 @@ def score(arguments: argparse.Namespace) -> None:
     facts, lines = environment_facts(), []
     for index, name in enumerate(named):
         here = slice(index * arguments.seeds, (index + 1) * arguments.seeds)
-        record = {"task": arguments.task, "model": arguments.model, "allocation": name, "metric": base.task.metric,
+        record = {"task": arguments.task, "placement": arguments.placement, "model": arguments.model,
+                  "allocation": name, "metric": base.task.metric,
                   "loss": infos["L1"][here].tolist(), "score": scores[here],
                   "trained_parameters": float(infos["trained_parameters"][here].mean()), "steps": arguments.steps,
                   "dtype": arguments.dtype, "split_seed": arguments.split_seed, "about": facts}
@@ -146,7 +147,7 @@ def score(arguments: argparse.Namespace) -> None:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Print predicted and measured losses of the allocations that were scored, and their rank correlation."""
-    env = make_surrogate(arguments.task, "all-linear", 1, BUDGET)
+    env = make_surrogate(arguments.task, arguments.placement, 1, BUDGET)
     named = candidates(env, arguments.allocations, 1)
     lines = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
     rows = [(line["allocation"], float(env.unwrapped.predict(named[line["allocation"]][0])[0]), np.mean(line["loss"]))
@@ -171,6 +172,7 @@ def main() -> None:
         command.add_argument("--data", default="")
         command.add_argument("--task", default="sst2", choices=list(TASKS))
         command.add_argument("--model", default="minilm")
+        command.add_argument("--placement", default="all-linear")
         command.add_argument("--dtype", default="bfloat16")
         command.add_argument("--steps", type=int, default=300)
         command.add_argument("--eval-rows", type=int, default=1000)

@@ -368,7 +368,7 @@ def _train(settings: Any) -> None:
         progress.close()
     typer.echo("\n" + "\n".join(table(results)) + "\n")
     typer.echo(
-        f"One run of {training.base.horizon} env steps is far too short to learn an allocation: the lanes differ\n"
+        f"One run of {training.base.horizon} env steps is far too short to learn an allocation from rewards: the lanes differ\n"
         "mostly in how many components they trained, and by chance. Telling allocations apart takes hundreds of runs\n"
         "compared under common random numbers, or a policy trained for thousands of env steps.\n"
     )
