@@ -368,9 +368,9 @@ def _train(settings: Any) -> None:
         progress.close()
     typer.echo("\n" + "\n".join(table(results)) + "\n")
     typer.echo(
-        f"One run of {training.base.horizon} env steps is far too short to learn an allocation from rewards: the lanes differ\n"
-        "mostly in how many components they trained, and by chance. Telling allocations apart takes hundreds of runs\n"
-        "compared under common random numbers, or a policy trained for thousands of env steps.\n"
+        f"One run of {training.base.horizon} env steps is far too short to learn an allocation from rewards: the\n"
+        "lanes differ mostly in how many components they trained, and by chance. Telling allocations apart takes\n"
+        "hundreds of runs compared under common random numbers, or a policy trained for thousands of env steps.\n"
     )
     typer.echo(f"Run folder: {training.path} (allocation.png, metrics.jsonl, adapter.safetensors, ...)\n"
                f"Curves:     tensorboard --logdir {training.path / 'events'}")
