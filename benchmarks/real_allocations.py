@@ -127,7 +127,7 @@ def score(arguments: argparse.Namespace) -> None:
     named = {name: actions for name, actions in named.items() if not arguments.only or name in arguments.only}
     env = make_env(arguments, arguments.seeds * len(named), split_seed=arguments.split_seed)
     base = env.unwrapped
-    env.reset(seed=list(range(9000, 9000 + arguments.seeds)) * len(named))
+    env.reset(seed=list(range(arguments.first_seed, arguments.first_seed + arguments.seeds)) * len(named))
     *_, infos = env.step(np.concatenate(list(named.values())))
     scores = [result[base.task.metric] for result in base.evaluate("eval")]
     facts, lines = environment_facts(), []
@@ -179,6 +179,7 @@ def main() -> None:
         command.add_argument("--reward-size", type=int, default=1024)
         command.add_argument("--rounds", type=int, default=10)
         command.add_argument("--seeds", type=int, default=12)
+        command.add_argument("--first-seed", type=int, default=9000)
         command.add_argument("--split-seed", type=int, default=1)
         command.add_argument("--only", nargs="+", default=[], help="names of allocations to score; default: all")
         command.add_argument("--allocations", type=Path, default=Path())
