@@ -10,6 +10,7 @@ import torch
 
 from agents.agent import Array, Transition
 from agents.baseline import RunningMean, expected, known_part, scaled
+from agents.knapsack import best_choices
 from agents.spec import AgentSpec
 from lelora_env.errors import LeLoRAError
 
@@ -53,10 +54,7 @@ class MatrixBandit:
         drawn = (self.total + noise * np.sqrt(self.count + 1)) / (self.count + 1)
         if self.spec.rank_set[0] == 0:  # one draw for rank 0; where it is does not matter
             drawn[:, :, 0, 1:] = -np.inf
-        drawn = np.where(self.spec.legal, drawn, -np.inf)
-        best = drawn.reshape(*drawn.shape[:2], -1).argmax(-1)
-        action: Array = np.stack(np.divmod(best, len(self.spec.locations)), axis=-1).reshape(lanes, -1)
-        return action.astype(np.int64)
+        return best_choices(drawn, self.spec)
 
     def probabilities(self, observation: Array) -> Array:
         """How often each choice is made in `DRAWS` draws with a generator of their own: (L, M, R, S) float32."""

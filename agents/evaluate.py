@@ -135,12 +135,12 @@ def _maker(agent: str | Callable[[AnyEnv], Agent], options: dict[str, Any]) -> C
         if options:
             raise LeLoRAError(f"options ({', '.join(options)}) are for agents given by name")
         return agent
-    from agents import REQUIRED, make_agent
+    from agents import make_agent, required_options
 
     def make(env: AnyEnv) -> Agent:
         return make_agent(agent, env, **options)
 
-    make.required = REQUIRED.get(agent, {})  # type: ignore[attr-defined]
+    make.required = required_options(agent)  # type: ignore[attr-defined]
     return make
 
 

@@ -127,8 +127,8 @@ def save_allocation(spec: AgentSpec, action: Array, path: str | Path, about: Map
     pairs = action.reshape(-1, 2)
     rows = [{"name": m.name, "type": m.type, "layer": m.layer, "rank": spec.rank_set[rank],
              "location": spec.locations[place]} for m, (rank, place) in zip(spec.matrices, pairs.tolist(), strict=True)]
-    trained = int(spec.sizes()[np.arange(len(pairs)), pairs[:, 0]].sum())
-    whole = {"format": FORMAT, "matrices": rows, "trained_parameters": trained, **dict(about or {})}
+    whole = {"format": FORMAT, "matrices": rows, "trained_parameters": spec.trained_parameters(action),
+             **dict(about or {})}
     text = json.dumps(whole, indent=1)
     _replace(Path(path), lambda new: new.write_text(text + "\n", encoding="utf-8"))
 

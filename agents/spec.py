@@ -141,6 +141,10 @@ class AgentSpec:
                               "does not say: use it on LeLoRA-v0")
         return self.choice_sizes
 
+    def trained_parameters(self, action: Array) -> int:
+        """Parameters that one flat action (2M,) trains, heads not counted."""
+        return int(self.sizes()[np.arange(self.num_matrices), action.reshape(-1, 2)[:, 0]].sum())
+
     def limit(self, budget: float) -> int:
         """A budget as a number of parameters.
 

@@ -155,9 +155,8 @@ def search(settings: SearchSettings, observer: RoundObserver | None = None) -> S
         "options": _plain(as_options(base.adapter_config, base.env_config))})
     if interrupted:
         raise KeyboardInterrupt
-    trained = int(spec.sizes()[np.arange(spec.num_matrices), action.reshape(-1, 2)[:, 0]].sum())
     return SearchResult(path=settings.out / "allocation.json", train_with=_train_options(settings, base),
-                        losses=np.stack(losses), trained_parameters=trained, runs=runs,
+                        losses=np.stack(losses), trained_parameters=spec.trained_parameters(action), runs=runs,
                         optimiser_steps=runs * settings.steps, seconds=seconds)
 
 
